@@ -1,0 +1,108 @@
+"""The command line: flags from a dataclass, a YAML file under them, and one line for a user's mistake."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import time
+import traceback
+
+import torch.distributed as dist
+import tyro
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+def _flags_of(path: str, names: list[str]) -> list[str]:
+    """The settings of a YAML file as command-line words, so that they are checked in the same way."""
+    try:
+        with open(path) as file:
+            settings = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: must hold 'name: value' lines, not a {type(settings).__name__}")
+    words = []
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise UserError(f"--config {path}: no setting is called '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _cli(default, words: list[str]):
+    """`tyro.cli`, with its boxed error report folded into one line."""
+    report = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(report):
+            return tyro.cli(type(default), args=words, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+    text = re.sub(r"\x1b\[[0-9;]*m", "", report.getvalue())
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()[1:]]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    message = " ".join(" ".join(lines[:rule]).split())
+    unknown = re.search(r"Unrecognized options: (--[\w-]+)", message)
+    if unknown:
+        known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(default)]
+        near = difflib.get_close_matches(unknown[1], known, 1)
+        message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+    raise UserError(message)
+
+
+def parse(args_class, preset=None, words: list[str] | None = None):
+    """Read flags into `args_class`: its defaults, then the task's `preset`, then `--config FILE.yaml`, then the flags.
+
+    `preset(args) -> dict` looks at the arguments once read and returns the defaults of the task that they choose.
+    Raises `UserError` for an unknown flag, a value of the wrong type, or a setting that does not exist.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    names = [field.name for field in dataclasses.fields(args_class)]
+    files = [b if a == "--config" else a.split("=", 1)[1] for a, b in zip(words, words[1:] + [""])
+             if a == "--config" or a.startswith("--config=")]
+    for path in files[-1:]:
+        words = _flags_of(path, names) + words
+    args = _cli(args_class(), words)
+    return _cli(args_class(**preset(args)), words) if preset else args
+
+
+def run(train, args_class, preset=None) -> None:
+    """Run a script: parse the flags, train, and turn a `UserError` into one line on stderr and exit code 2.
+
+    A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others.
+    """
+    code, message = 0, ""
+    try:
+        train(parse(args_class, preset))
+    except UserError as error:
+        code, message = 2, f"{os.path.basename(sys.argv[0])}: error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, f"{os.path.basename(sys.argv[0])}: interrupted; continue with --resume auto if it had saved"
+    except Exception:
+        code, message = 1, traceback.format_exc()
+    if code:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
+            # they repeat it; a mistake of this rank alone is still shown.
+            time.sleep(2)
+        print((f"[rank {rank}] " if rank else "") + message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,127 @@
+"""The decode loop for rollouts and evaluation: our own, on the model's key-value cache, for any transformers LM."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from common.models import LanguageModel, LogitRules, pad_rows
+
+
+@dataclass
+class Generation:
+    """Outputs of `generate`, one entry a prompt."""
+
+    tokens: list[list[int]]
+    """sampled ids, as sampled, up to and including the end token or the token that completed a stop sequence"""
+    logprobs: list[list[float]]
+    """the sampler's log-prob of each token under the rules, before top-k and top-p"""
+    finished: list[bool]
+    """ended by itself, rather than by max_new_tokens"""
+
+
+def noise(generator: torch.Generator, count: int, max_new_tokens: int) -> torch.Tensor:
+    """Uniform numbers (count, max_new_tokens) for `generate`: what is sampled depends on a row's numbers alone, not on
+    the ranks or batches that rows are spread over."""
+    return torch.rand(count, max_new_tokens, generator=generator)
+
+
+def pick(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Sample token ids (B,) from log-probs (B, V) with one uniform number (B,) each, by inverting the distribution function.
+
+    top_k keeps the k most likely tokens (ties with the k-th too), top_p the fewest that together have probability top_p
+    (arXiv 1904.09751).
+    """
+    if 0 < top_k < logprobs.shape[1]:
+        least = logprobs.topk(top_k).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = logprobs.softmax(-1).sort(descending=True)
+        drop = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it already suffice
+        logprobs = logprobs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    cumulative = logprobs.softmax(-1).cumsum(-1)
+    # below the total, so that the search ends at a token of positive probability
+    level = uniform.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, level, right=True)[:, 0]
+
+
+def find_stop(text: str, stop_sequences: list[str]) -> int:
+    """Where the first stop sequence begins in `text`, or -1."""
+    return min((place for stop in stop_sequences if (place := text.find(stop)) >= 0), default=-1)
+
+
+def stop_checker(tokenizer, stop_sequences: list[str]) -> Callable[[list[int]], bool] | None:
+    """A function for `generate` that tells whether an output's last token has completed a stop sequence."""
+    if not stop_sequences:
+        return None
+    # A stop sequence can spread over as many tokens as it has bytes; a few more give the decoder its context.
+    reach = max(len(stop.encode()) for stop in stop_sequences) + 4
+    return lambda ids: find_stop(tokenizer.decode(ids[-reach:], skip_special_tokens=True), stop_sequences) >= 0
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    uniforms: torch.Tensor,
+    rules: LogitRules = LogitRules(),
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Callable[[list[int]], bool] | None = None,
+    adjust_logits: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    synced: bool = False,
+) -> Generation:
+    """Continue each prompt (non-empty ids) by at most `uniforms.shape[1]` tokens.
+
+    uniforms: (B, max_new_tokens), see `noise`. rules: temperature (0 is greedy), end tokens, minimum length, mask.
+    stop: see `stop_checker`. adjust_logits(logits (b, V), state (b, H), previous (b,)) -> logits, before the rules.
+    synced: the model is sharded, so all ranks must take the same number of steps; else ranks may stop apart.
+
+    Rows that have ended leave the batch, and the cache, once they are a quarter of it.
+    """
+    device = next(model.parameters()).device
+    max_new_tokens = uniforms.shape[1]
+    result = Generation([[] for _ in prompts], [[] for _ in prompts], [False] * len(prompts))
+    if not max_new_tokens or not (prompts or synced):
+        return result
+    ids, mask = (tensor.to(device) for tensor in pad_rows(prompts or [[0]], 0, left=not model.seq2seq))
+    uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, max_new_tokens, device=device)
+    encoder = {}
+    if model.seq2seq:
+        encoder = {"encoder_states": model.encode(ids, mask), "encoder_mask": mask}
+        ids, mask = torch.full((len(ids), 1), model.start_id, device=device), None
+    rows = list(range(len(prompts)))  # the prompt of each row of the batch; None for one that has ended
+    rows = rows or [None]
+    cache, previous = None, ids[:, -1]
+    for step in range(max_new_tokens):
+        logits, state, cache = model.decode(ids, mask, cache, **encoder)
+        logits = logits.float()
+        if adjust_logits:
+            logits = adjust_logits(logits, state, previous)
+        logprobs = rules(logits, previous, torch.full_like(previous, step)).log_softmax(-1)
+        tokens = pick(logprobs, uniforms[:, step], top_k, top_p) if rules.temperature else logprobs.argmax(-1)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        for place, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen.tolist())):
+            if row is not None:
+                result.tokens[row].append(token)
+                result.logprobs[row].append(logprob)
+                result.finished[row] = token in rules.eos_ids or bool(stop and stop(result.tokens[row]))
+                rows[place] = None if result.finished[row] else row
+        active = [place for place, row in enumerate(rows) if row is not None]
+        going = torch.tensor(len(active))
+        if synced:
+            dist.all_reduce(going, dist.ReduceOp.MAX)
+        if not going:
+            break
+        if len(active) <= 0.75 * len(rows) and len(rows) > 1:
+            active = active or [0]  # a rank that waits for the others still takes part
+            keep = torch.tensor(active, device=device)
+            cache.batch_select_indices(keep)
+            rows, tokens, uniforms = [rows[place] for place in active], tokens[keep], uniforms[keep]
+            mask = None if mask is None else mask[keep]
+            encoder = {name: tensor[keep] for name, tensor in encoder.items()}
+        ids, previous = tokens[:, None], tokens
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return result

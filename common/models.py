@@ -1,0 +1,373 @@
+"""Language models for training: one forward that returns token log-probs and head outputs, reference models, loading.
+
+Nothing here knows an architecture. Blocks are the model's longest list of modules, the trunk is what transformers calls
+the decoder, and the head is the model itself with its trunk taken out, so that whatever a model does
+around its head (scaling, soft-capping, biases) is done here too.
+"""
+
+import contextlib
+import copy
+import inspect
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from common.cli import UserError
+from common.distributed import block_lists, full_state_dict, shard
+
+transformers.logging.disable_progress_bar()  # the run has its own
+CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
+
+
+# --- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str):
+    """The tokenizer at a path or hub id. Its pad token may be missing or equal to EOS: nothing is inferred from pad ids."""
+    with _readable("--model or --tokenizer", path):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def load_lm(path: str) -> PreTrainedModel:
+    """The causal or encoder-decoder LM at a path or hub id, in float32 and for good in eval mode: dropout never acts."""
+    with _readable("--model", path):
+        config = AutoConfig.from_pretrained(path)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@contextlib.contextmanager
+def _readable(flag: str, path: str):
+    """Turns what transformers raises for a model that it cannot load into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        folder = "the folder holds nothing that transformers can load" if os.path.isdir(path) else "no such folder, and no hub model of that name can be reached"
+        raise UserError(f"{flag} {path}: {folder} ({str(error).strip().splitlines()[0][:160]})") from None
+
+
+def add_lora(lm: PreTrainedModel, rank: int, alpha: float):
+    """Freeze `lm`, add LoRA adapters (arXiv 2106.09685) to every linear layer of its blocks in place, return peft's wrapper."""
+    from peft import LoraConfig, get_peft_model
+
+    task = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
+    return get_peft_model(lm, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task)).eval()
+
+
+def checkpoint_blocks(lm: nn.Module) -> None:
+    """Gradient checkpointing: recompute each block's inside in the backward instead of keeping it."""
+    for block in (block for blocks in block_lists(lm) for block in blocks):
+        def forward(*args, _inner=block.forward, **kwargs):
+            return checkpoint(_inner, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else _inner(*args, **kwargs)
+        block.forward = forward
+
+
+def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
+    """Write the model and its tokenizer in Hugging Face format: plain `from_pretrained(folder)` gives identical logits.
+
+    With `lora` (peft's wrapper) the adapters are merged into the weights, and stand by themselves in `folder/adapter`.
+    """
+    state = full_state_dict(model.lm)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        lm = model.lm
+        if lora is not None:
+            from peft import get_peft_model
+            from peft.utils import get_peft_model_state_dict
+
+            config = lora.peft_config["default"]
+            plain = copy.deepcopy(config)
+            plain.target_modules = "all-linear"
+            wrapper = get_peft_model(type(lm)(copy.deepcopy(lm.config)), plain)
+            wrapper.base_model.model.load_state_dict(state)
+            wrapper.save_pretrained(folder + ".tmp/adapter", state_dict=get_peft_model_state_dict(wrapper))
+            lm = wrapper.merge_and_unload()
+            state = lm.state_dict()
+        lm.save_pretrained(folder + ".tmp", state_dict=state)
+        tokenizer.save_pretrained(folder + ".tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(folder + ".tmp", folder)
+    dist.barrier()
+
+
+# --- from logits to the policy -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogitRules:
+    """What turns logits into the policy's distribution. Sampler and training forward apply the same rules."""
+
+    temperature: float = 1.0
+    """divides the logits; 0 is greedy, for the sampler only"""
+    eos_ids: tuple[int, ...] = ()
+    """tokens that end an output"""
+    min_new_tokens: int = 0
+    """no end token is possible before an output has this many tokens"""
+    logit_mask: torch.Tensor | None = None
+    """(V, V) bool, [i, j]: token j must not follow token i"""
+
+    def __call__(self, logits: torch.Tensor, previous: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """logits (N, V), previous (N,) the token before each, index (N,) its place in the output -> fp32 logits (N, V)."""
+        logits = logits.float() / (self.temperature or 1.0)
+        if self.logit_mask is not None:
+            forbidden = self.logit_mask.to(logits.device)[previous]
+            logits = logits.masked_fill(nn.functional.pad(forbidden, (0, logits.shape[1] - forbidden.shape[1])), -torch.inf)
+        if self.min_new_tokens and self.eos_ids:
+            early = torch.zeros_like(logits, dtype=torch.bool)
+            early[:, list(self.eos_ids)] = (index < self.min_new_tokens)[:, None]
+            logits = logits.masked_fill(early, -torch.inf)
+        return logits
+
+
+# --- batches -----------------------------------------------------------------------------------------------------------
+
+
+def pad_rows(rows: list[list], fill, left: bool = False, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged rows as a (B, T) tensor filled up with `fill`, and a (B, T) bool mask of what is real."""
+    width = max(map(len, rows), default=0)
+    spare = [[fill] * (width - len(row)) for row in rows]
+    values = [blank + list(row) if left else list(row) + blank for row, blank in zip(rows, spare)]
+    lengths, places = torch.tensor([len(row) for row in rows])[:, None], torch.arange(width)
+    mask = places >= width - lengths if left else places < lengths
+    return torch.tensor(values, **options).reshape(len(rows), width), mask
+
+
+def collate(prompts: list[list[int]], responses: list[list[int]], start_id: int | None, device: torch.device) -> dict[str, torch.Tensor]:
+    """Token-id lists as inputs of `LanguageModel.forward`: right-padded, with masks made from lengths alone.
+
+    Causal models (start_id None): ids = prompt + response. Encoder-decoder models: the prompt goes to the encoder and
+    ids = start token + response. `scored` marks the response tokens, which are the ones to be scored.
+    """
+    heads = prompts if start_id is None else [[start_id]] * len(prompts)
+    ids, mask = pad_rows([head + response for head, response in zip(heads, responses)], 0)
+    scored, _ = pad_rows([[False] * len(head) + [True] * len(response) for head, response in zip(heads, responses)], False)
+    batch = {"ids": ids, "mask": mask, "scored": scored}
+    if start_id is not None:
+        batch["encoder_ids"], batch["encoder_mask"] = pad_rows(prompts, 0)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids (B, T) of a padded batch: real tokens count from 0 wherever the padding is."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """Stands in for a trunk: returns the hidden states it is given, so that a model's forward computes its head alone."""
+
+    def forward(self, *_, inputs_embeds=None, **__):
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
+def _replaced(root: nn.Module, target: nn.Module, new: nn.Module) -> nn.Module:
+    """A shallow copy of `root` that shares everything but has `new` in the place of `target`."""
+    if root is target:
+        return new
+    twin = copy.copy(root)
+    twin._modules = {name: _replaced(child, target, new) if any(m is target for m in child.modules()) else child
+                     for name, child in root._modules.items() if child is not None}
+    return twin
+
+
+def trunk_of(lm: PreTrainedModel) -> nn.Module:
+    """The module that turns tokens into the last hidden states: the LM without its head (and without its encoder)."""
+    return lm.get_decoder()
+
+
+def make_head(width: int, outputs: int) -> nn.Sequential:
+    """Linear(d, 2d), ReLU, Linear(2d, outputs) in fp32, as trlX's heads, but with a zero last layer: it starts at 0."""
+    head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, outputs))
+    nn.init.zeros_(head[2].weight)
+    nn.init.zeros_(head[2].bias)
+    return head
+
+
+class LanguageModel(nn.Module):
+    """A transformers LM with small heads on its last hidden state, run as one module, so that FSDP has one root.
+
+    heads: modules from hidden states (N, H) to (N, outputs).
+    branch: an optional copy of the trunk's top blocks (`top_copy`); the heads then read its hidden states instead.
+    """
+
+    def __init__(self, lm: PreTrainedModel, heads: dict[str, nn.Module] | None = None, branch: nn.Module | None = None):
+        super().__init__()
+        self.lm = lm
+        self.heads = nn.ModuleDict(heads or {})
+        self.branch = branch
+        self.seq2seq = lm.config.is_encoder_decoder
+        self.start_id = lm.config.decoder_start_token_id if self.seq2seq else None
+        trunk = trunk_of(lm)
+        if trunk is lm or lm.get_output_embeddings() is None:
+            raise UserError(f"{type(lm).__name__} is not a language model with a trunk and a head apart: it cannot be trained here")
+        self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+        self._head = (_replaced(lm, trunk, _Given()),)  # in a tuple, or its parameters would be registered twice
+
+    @property
+    def width(self) -> int:
+        """Size H of the hidden states that the heads read."""
+        return self.lm.get_output_embeddings().weight.shape[1]
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (N, H) -> logits (N, V), by the model's own forward around an absent trunk."""
+        if self.seq2seq:
+            inputs = {"encoder_outputs": (states[None],), "decoder_inputs_embeds": states[None]}
+        else:
+            inputs = {"inputs_embeds": states[None]}
+        return self._head[0](**inputs, use_cache=False).logits[0]
+
+    def _states(self, trunk, ids, mask, encoder_states=None, encoder_mask=None, cache=None, use_cache=False):
+        """Run `trunk`: hidden states (B, T, H) and the cache. mask covers cached and new tokens, or is None."""
+        inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": use_cache}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if self.seq2seq:
+            inputs |= {"encoder_hidden_states": encoder_states, "encoder_attention_mask": encoder_mask.long()}
+        elif self.takes_positions:
+            inputs["position_ids"] = positions(mask)[:, -ids.shape[1]:]
+        output = trunk(**inputs)
+        return output.last_hidden_state, output.past_key_values
+
+    def _encode(self, encoder_ids, encoder_mask):
+        return self.lm.get_encoder()(input_ids=encoder_ids, attention_mask=encoder_mask.long()).last_hidden_state
+
+    def _score(self, states, targets, previous, index, rules):
+        """Log-prob and entropy of a chunk of tokens, fp32 log-softmax: (n, H), (n,), (n,), (n,) -> (n,), (n,)."""
+        logprobs = rules(self.logits(states), previous, index).log_softmax(-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+    def forward(self, ids, mask, scored, encoder_ids=None, encoder_mask=None, rules: LogitRules = LogitRules()) -> dict[str, torch.Tensor]:
+        """Score the tokens marked in `scored` given all before them (see `collate`).
+
+        ids, mask, scored (B, T); encoder_ids, encoder_mask (B, P). Returns flat tensors over the N scored tokens in row
+        order: logprobs (N,) under `rules`, entropy (N,) without gradient, and for each head its outputs (N, outputs) on
+        the hidden state that predicts the token. Logits exist for scored tokens only, CHUNK numbers at a time, and are
+        computed again in the backward when there is more than one chunk.
+        """
+        encoder_states = self._encode(encoder_ids, encoder_mask) if self.seq2seq else None
+        hidden, _ = self._states(trunk_of(self.lm), ids, mask, encoder_states, encoder_mask)
+        rows, columns = scored[:, 1:].nonzero(as_tuple=True)
+        index = (scored.long().cumsum(1) - 1)[rows, columns + 1]
+        states, previous, targets = hidden[rows, columns], ids[rows, columns], ids[rows, columns + 1]
+        pieces = [piece.split(max(1, CHUNK // self.lm.config.get_text_config().vocab_size)) for piece in (states, targets, previous, index)]
+        if len(pieces[0]) > 1 and torch.is_grad_enabled():
+            parts = [checkpoint(self._score, *part, rules, use_reentrant=False) for part in zip(*pieces)]
+        else:
+            parts = [self._score(*part, rules) for part in zip(*pieces)]
+        logprobs, entropy = (torch.cat(part) for part in zip(*parts))
+        if self.branch is not None:
+            hidden, _ = self._states(self.branch, ids, mask, encoder_states, encoder_mask)
+            states = hidden[rows, columns]
+        return {"logprobs": logprobs, "entropy": entropy, **{name: head(states) for name, head in self.heads.items()}}
+
+    def encode(self, encoder_ids, encoder_mask):
+        """Encoder states (B, P, H) of an encoder-decoder model, for `decode`."""
+        return self._encode(encoder_ids, encoder_mask)
+
+    def decode(self, ids, mask, cache=None, encoder_states=None, encoder_mask=None):
+        """One step of generation: logits (B, V), hidden state (B, H) of the last position, and the key-value cache.
+
+        ids (B, t) new tokens; mask (B, cached + t), or None for an encoder-decoder model, whose outputs all start alike.
+        """
+        hidden, cache = self._states(trunk_of(self.lm), ids, mask, encoder_states, encoder_mask, cache, use_cache=True)
+        return self.logits(hidden[:, -1]), hidden[:, -1], cache
+
+
+def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **options) -> LanguageModel:
+    """Shard a model for training or as a reference (see `distributed.shard`); its heads compute in float32."""
+    shard(model, dtype, device, fp32=list(model.heads.values()), methods=("encode", "decode"), **options)
+    return model
+
+
+# --- copies of the top blocks, references ------------------------------------------------------------------------------
+
+
+class Replay(nn.Module):
+    """Stands in for the blocks below a cut: returns what the policy's last block below it has just returned."""
+
+    def __init__(self, detach: bool):
+        super().__init__()
+        self.detach, self.value = detach, None
+
+    def record(self, _module, _inputs, output):
+        """Forward hook for the policy's block. A detached recording happens only where no gradient is wanted."""
+        if not (self.detach and torch.is_grad_enabled()):
+            self.value = output
+
+    def forward(self, *_, **__):
+        return self.value
+
+
+class _NoEmbedding(nn.Module):
+    """Stands in for an embedding whose output nobody reads."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.width = embedding.weight.shape[1]
+        self.register_buffer("like", torch.zeros(1, dtype=embedding.weight.dtype), persistent=False)
+
+    def forward(self, ids, *_, **__):
+        return self.like.expand(*ids.shape, self.width)
+
+
+def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.Module:
+    """A copy of the top `layers` blocks of `lm` and of all above them, fed by the forward of `lm` itself.
+
+    whole: copy the LM with its head, else only its trunk. Everything below the cut, an encoder too, is a `Replay` that
+    returns what `lm` computed there in its last forward: one trunk pass serves both, for any architecture, since each
+    block is called by the model's own code with that model's own arguments. detach: record without gradient.
+    """
+    trunk = trunk_of(lm)
+    blocks = max(block_lists(trunk), key=len)
+    cut = len(blocks) - layers
+    if not 0 < cut < len(blocks):
+        raise UserError(f"{layers} top layers of a model with {len(blocks)}: choose 1 to {len(blocks) - 1}, or -1 for all")
+    memo, replays = {}, [Replay(detach)]
+    sources = [blocks[cut - 1]]
+    memo.update({id(block): replays[0] for block in blocks[:cut]})  # deepcopy finds these already "copied"
+    if whole and lm.config.is_encoder_decoder:
+        sources.append(lm.get_encoder())
+        replays.append(Replay(detach))
+        memo[id(sources[1])] = replays[1]
+    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    if not (whole and tied):
+        for module in trunk.modules():
+            if module is lm.get_input_embeddings() or (isinstance(module, nn.Embedding) and module.weight is lm.get_input_embeddings().weight):
+                memo[id(module)] = _NoEmbedding(module)
+    twin = copy.deepcopy(lm if whole else trunk, memo)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    for source, replay in zip(sources, replays):
+        source.register_forward_hook(replay.record)
+    return twin
+
+
+def freeze_below(lm: PreTrainedModel, twin: PreTrainedModel) -> None:
+    """Freeze in `lm` all that lies below the cut of its `top_copy`: what no gradient of the copy reaches, and embeddings."""
+    start = lm.config.decoder_start_token_id if lm.config.is_encoder_decoder else None
+    batch = collate([[0, 1]], [[1, 0]], start, next(lm.parameters()).device)
+    with torch.no_grad():
+        LanguageModel(lm)(**batch)
+    LanguageModel(twin)(**batch)["logprobs"].sum().backward()
+    reached = {name for name, parameter in twin.named_parameters() if parameter.grad is not None}
+    embeddings = {id(parameter) for parameter in lm.get_input_embeddings().parameters()}
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(name in reached and id(parameter) not in embeddings)
+    twin.zero_grad()
+
+
+def frozen(lm: PreTrainedModel, dtype: torch.dtype) -> LanguageModel:
+    """`lm` as a frozen reference, held in the precision that the policy computes in."""
+    return LanguageModel(lm.requires_grad_(False).to(dtype))
