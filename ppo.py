@@ -23,14 +23,11 @@ same optimisation, and sample the same tokens up to rounding, on any number of p
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo.py ...    on each of two machines
 """
 
+import contextlib
 import dataclasses
-import functools
-import importlib
-import importlib.util
 import itertools
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,16 +36,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from transformers import pipeline
 
 from common.cli import UserError, run
-from common.data import call, prompt_rows, read_rows
-from common.distributed import (broadcast, checkpoints, gather_rows, generator, init, load_checkpoint, rank_rows,
-                                save_checkpoint, unsharded)
-from common.generation import find_stop, generate, noise, stop_checker
+from common.data import call, check_scores, encode_prompts, load_function, prompt_rows, read_rows, shuffled
+from common.distributed import broadcast, gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint
+from common.generation import noise, sample_texts
 from common.metrics import RunLog, open_run, say, table
-from common.models import (LanguageModel, LogitRules, add_lora, checkpoint_blocks, collate, export, freeze_below, frozen,
-                           load_lm, load_tokenizer, make_head, prepare, top_copy)
+from common.models import (LanguageModel, LogitRules, add_lora, checkpoint_blocks, collate, export, freeze_below,
+                           frozen, load_classifier, load_lm, load_tokenizer, make_head, prepare, top_copy)
 from common.randomwalks import cloned_walker, random_walks
 from common.randomwalks import tokenizer as walks_tokenizer
 
@@ -222,119 +217,93 @@ def preset(args: Args) -> dict:
 
 def check(args: Args, reward_fn: Callable | None = None) -> None:
     """Refuse settings that cannot work, in one line that names the flag."""
-    for name in ("max_new_tokens", "total_episodes", "rollout_batch_size", "batch_size", "micro_batch_size", "ppo_epochs", "eval_every",
-                 "generation_batch_size", "reward_batch_size", "num_eval_prompts", "eval_samples", "temperature", "learning_rate"):
+    for name in ("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "learning_rate",
+                 "max_new_tokens", "temperature", "generation_batch_size", "reward_batch_size", "eval_every",
+                 "num_eval_prompts", "eval_samples", "keep_checkpoints"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
     if args.max_length <= args.max_new_tokens:
-        raise UserError(f"--max-length {args.max_length} leaves no room for a prompt beside --max-new-tokens {args.max_new_tokens}")
+        raise UserError(f"--max-length {args.max_length} leaves no room for a prompt beside --max-new-tokens "
+                        f"{args.max_new_tokens}: raise the one or lower the other")
     if args.batch_size > args.rollout_batch_size:
-        raise UserError(f"--batch-size {args.batch_size} is more than --rollout-batch-size {args.rollout_batch_size} gives")
+        raise UserError(f"--batch-size {args.batch_size} is more than a rollout holds: at most --rollout-batch-size "
+                        f"{args.rollout_batch_size}")
     if args.total_episodes < args.rollout_batch_size:
-        raise UserError(f"--total-episodes {args.total_episodes} is less than one rollout of --rollout-batch-size {args.rollout_batch_size}")
+        raise UserError(f"--total-episodes {args.total_episodes} is less than one --rollout-batch-size "
+                        f"{args.rollout_batch_size}")
     if args.lora_rank and args.num_layers_unfrozen != -1:
-        raise UserError("--lora-rank freezes all weights already: leave out --num-layers-unfrozen")
+        raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
     if args.model is None and args.reward != "randomwalks" and reward_fn is None:
         raise UserError(f"--reward {args.reward} needs a --model")
     if args.reward_model and args.reward != "sentiment":
         raise UserError("--reward-model is for --reward sentiment; give another classifier as --reward PATH")
     if args.reference_std is not None and (args.reward_scaling != "reference" or args.reference_std <= 0):
-        raise UserError(f"--reference-std {args.reference_std}: is for --reward-scaling reference, and must be more than 0")
+        raise UserError("--reference-std is for --reward-scaling reference, and must be more than 0")
 
 
-# --- prompts and rewards -----------------------------------------------------------------------------------------------
-
-
-def encode_prompts(rows: list[dict], tokenizer, args: Args, seq2seq: bool) -> tuple[list[list[int]], int]:
-    """Token ids of each prompt, at most max_length - max_new_tokens of them, and how many prompts had to be cut.
-
-    The tokenizer's own special tokens are added (Llama's BOS, T5's EOS), but no end token in front of a causal output. A
-    list of messages goes through the chat template. An empty prompt becomes the BOS token.
-    """
-    room, ids, cut = args.max_length - args.max_new_tokens, [], 0
-    for row in rows:
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            tokens = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        else:
-            prompt = " ".join(prompt.split()[: args.prompt_words]) if args.prompt_words else prompt
-            tokens = tokenizer(prompt)["input_ids"]
-            if not seq2seq and tokens[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
-                tokens = tokens[:-1]
-        cut += len(tokens) > room
-        tokens = tokens[-room:] if args.truncation_side == "left" else tokens[:room]
-        if not tokens:
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            if start is None:
-                raise UserError("a prompt is empty, and this tokenizer has no BOS or EOS token to start from: remove empty prompts")
-            tokens = [start]
-        ids.append(list(tokens))
-    return ids, cut
+# --- prompts and rewards ----------------------------------------------------------------------------------------------
 
 
 def load_reward(args: Args, device: torch.device) -> Callable:
     """The reward function that `--reward` names. Raises UserError where there is none."""
     if args.reward == "randomwalks":
         return random_walks(args.seed).reward
-    path, _, name = args.reward.rpartition(":")
-    if args.reward == "sentiment" or not path or os.path.exists(args.reward):
-        return classifier_reward("lvwerra/distilbert-imdb" if args.reward == "sentiment" and not args.reward_model
-                                 else args.reward_model or args.reward, args.reward_device or device, args.reward_batch_size)
-    try:
-        if path.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(path)
-        return getattr(module, name)
-    except (FileNotFoundError, ModuleNotFoundError, AttributeError) as error:
-        raise UserError(f"--reward {args.reward}: {error}; give file.py:function or package.module:function") from None
+    if args.reward != "sentiment" and ":" in args.reward and not os.path.exists(args.reward):
+        return load_function(args.reward, "--reward")
+    path = (args.reward_model or "lvwerra/distilbert-imdb") if args.reward == "sentiment" else args.reward
+    flag = "--reward-model" if args.reward == "sentiment" else "--reward"
+    classify = load_classifier(path, flag, args.reward_device or device, args.reward_batch_size)
+    return lambda samples, **_: classify(samples)
 
 
-def classifier_reward(path: str, device, batch_size: int) -> Callable:
-    """A reward function from a sequence-classification model with its own tokenizer: the probability of the label POSITIVE
-    (or label 1 of 2), or the bare output of a model that has only one, as a reward model does."""
-    try:
-        classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True, batch_size=batch_size)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--reward {path}: no classifier can be loaded from there ({str(error).strip().splitlines()[0][:160]})") from None
-    labels = classify.model.config.id2label
-    positive = next((label for label in labels.values() if label.upper() == "POSITIVE"), labels[1] if len(labels) == 2 else labels[0])
-    if len(labels) > 2 and positive.upper() != "POSITIVE":
-        raise UserError(f"--reward {path}: has {len(labels)} labels and none is POSITIVE; write a function and give it as file.py:function")
-
-    def reward(samples: list[str], **_) -> list[float]:
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i]))  # alike lengths together: little padding
-        scores = dict(zip(order, classify([samples[i] for i in order], function_to_apply="none" if len(labels) == 1 else "softmax")))
-        return [next(s["score"] for s in scores[i] if s["label"] == positive) for i in range(len(samples))]
-
-    return reward
-
-
-def check_scores(scores, lengths: list[int]) -> list[list[float]]:
-    """A reward function's answer as one list of numbers a sample: one number, or one for each of its output tokens.
-
-    Raises UserError, naming the sample, for a wrong count, a wrong type, NaN or infinity.
-    """
-    scores = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not isinstance(scores, (list, tuple)) or len(scores) != len(lengths):
-        count = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
-        raise UserError(f"the reward function returned {count} for {len(lengths)} samples; it must return a list with one entry a sample")
-    rows = []
-    for number, (score, length) in enumerate(zip(scores, lengths)):
-        score = score.tolist() if hasattr(score, "tolist") else score
-        row = list(score) if isinstance(score, (list, tuple)) else [score]
-        for value in row:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__") or not math.isfinite(float(value)):
-                raise UserError(f"the reward function returned {value!r} for sample {number}; each entry must be a finite number, or a list of them")
-        if len(row) > length and isinstance(score, (list, tuple)):
-            raise UserError(f"the reward function returned {len(row)} token rewards for sample {number}, whose output has {length} tokens")
-        rows.append([float(value) for value in row] if isinstance(score, (list, tuple)) else float(row[0]))
+def load_prompts(given: list | None, path: str | None, flag: str, default: list, words: int | None) -> list[dict]:
+    """Prompt rows from a list, else from a file or Hub data set, else the default; of each text the first `words` words."""
+    rows = read_rows(path, flag) if given is None and path else default if given is None else given
+    rows = prompt_rows(rows, f"{flag} {path}" if given is None and path else flag)
+    for row in rows:
+        if words and isinstance(row["prompt"], str):
+            row["prompt"] = " ".join(row["prompt"].split()[:words])
     return rows
 
 
-# --- algorithm ---------------------------------------------------------------------------------------------------------
+def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
+    """What a reward or metric function is called with: the texts, the sampled ids, and the other columns of the prompts."""
+    metadata = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
+    return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
+
+
+def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, reward_on: str) -> list:
+    """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share of
+    the samples, or rank 0 scores all."""
+    everything = reward_on == "rank0"
+    mine, real = (range(len(items)), [True] * len(items)) if everything else rank_rows(len(items))
+    chosen = [row for row, is_real in zip(mine, real) if is_real and not (everything and dist.get_rank())]
+    scores = []
+    if chosen:
+        columns = text_columns([items[row] for row in chosen], [rows[row] for row in chosen])
+        answer = call(reward_fn, **columns, tokenizer=tokenizer)
+        scores = check_scores(answer, [len(items[row]["tokens"]) for row in chosen])
+    return broadcast(scores) if everything else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
+
+
+def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) -> tuple[list, tuple]:
+    """Clip scores, scale them by a standard deviation, take the missing-EOS penalty from outputs that did not end by
+    themselves. Also returns the moments of the clipped scores: of all so far, or of the first rollout."""
+    limit = math.inf if args.reward_clip is None else args.reward_clip
+    scores = [[max(-limit, min(limit, value)) for value in (score if isinstance(score, list) else [score])] for score in raw]
+    if args.reward_scaling == "running" or not moments[0]:
+        moments = update_moments(moments, torch.tensor([sum(score) for score in scores], dtype=torch.float64))
+    scale = 1.0
+    if args.reward_scaling != "none":
+        scale = (args.reference_std or math.sqrt(moments[2] / max(1, moments[0] - 1))) + 1e-8
+    scores = [[value / scale for value in score] for score in scores]
+    for score, ended in zip(scores, finished):
+        score[-1] -= 0.0 if ended else args.missing_eos_penalty
+    return [score if isinstance(given, list) else score[0] for score, given in zip(scores, raw)], moments
+
+
+# --- algorithm --------------------------------------------------------------------------------------------------------
 
 
 def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]) -> torch.Tensor:
@@ -430,241 +399,167 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: 
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
 
 
-def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) -> tuple[list, tuple]:
-    """Clip and scale raw scores, take the missing-EOS penalty from outputs that did not end; and the new score moments."""
-    limit = math.inf if args.reward_clip is None else args.reward_clip
-    clipped = [[max(-limit, min(limit, value)) for value in (score if isinstance(score, list) else [score])] for score in raw]
-    totals = torch.tensor([sum(score) for score in clipped])
-    if args.reward_scaling == "running" or not moments[0]:
-        moments = update_moments(moments, totals)
-    std = {"none": 1.0, "running": math.sqrt(moments[2] / max(1, moments[0] - 1)),
-           "reference": args.reference_std or math.sqrt(moments[2] / max(1, moments[0] - 1))}[args.reward_scaling]
-    scores = [[value / (std + 1e-8 if args.reward_scaling != "none" else 1.0) for value in score] for score in clipped]
-    for score, ended in zip(scores, finished):
-        score[-1] -= 0.0 if ended else args.missing_eos_penalty
-    return [score if isinstance(given, list) else score[0] for score, given in zip(scores, raw)], moments
-
-
-# --- rollout -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Policy:
-    """All that sampling and scoring need; made once by `train`."""
-
-    model: LanguageModel
-    reference: Callable  # batch -> log-probs (N,) of the frozen reference; call it right after the model's own forward
-    tokenizer: object
-    rules: LogitRules
-    stop: list[str]
-    reward_fn: Callable
-    metric_fn: Callable | None
-    device: torch.device
-
-
-def sample(policy: Policy, prompts: list[list[int]], uniforms: torch.Tensor, args: Args, rules: LogitRules, top_k=0, top_p=1.0):
-    """Sample an output for each prompt; each rank samples its share, in batches. Returns, on all ranks and in order, a list
-    of dicts with tokens, logprobs, finished, and the texts prompt, output and sample (prompt and output together)."""
-    rows, real = rank_rows(len(prompts))
-    rows = rows if args.keep_sharded else [row for row, is_real in zip(rows, real) if is_real]
-    stop, drawn = stop_checker(policy.tokenizer, policy.stop), []
-    with unsharded(policy.model, args.keep_sharded):
-        for start in range(0, len(rows), args.generation_batch_size):
-            chunk = rows[start : start + args.generation_batch_size]
-            out = generate(policy.model, [prompts[row] for row in chunk], uniforms[chunk], rules, top_k=top_k, top_p=top_p, stop=stop,
-                           synced=args.keep_sharded)
-            drawn += [dict(tokens=t, logprobs=p, finished=f) for t, p, f in zip(out.tokens, out.logprobs, out.finished)]
-    decode = lambda ids: policy.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    for row, item in zip(rows, drawn):
-        prompt, output = decode(prompts[row]), decode(item["tokens"])
-        if not policy.model.seq2seq:
-            whole = decode(prompts[row] + item["tokens"])  # some tokenizers drop an output's leading space by itself
-            output = whole[len(prompt) :] if whole.startswith(prompt) else output
-        if (end := find_stop(output, policy.stop)) >= 0:
-            output = output[:end]
-        item.update(prompt=prompt, output=output, sample=prompt + (" " if policy.model.seq2seq else "") + output)
-    return gather_rows(drawn + [None] * (len(real) - len(drawn)), len(prompts))
-
-
-def score(policy: Policy, items: list[dict], metadata: list[dict], args: Args) -> list:
-    """Scores of all samples, from the reward function, on all ranks: a number each, or a list of numbers (dense)."""
-    rows = range(len(items)) if args.reward_on == "rank0" else [row for row, real in zip(*rank_rows(len(items))) if real]
-    scores = []
-    if rows and (args.reward_on == "all" or dist.get_rank() == 0):
-        columns = {name: [metadata[row][name] for row in rows] for name in metadata[0] if name != "prompt"}
-        texts = {f"{name}s": [items[row][name] for row in rows] for name in ("sample", "prompt", "output")}
-        answer = call(policy.reward_fn, **{**columns, **texts, "tokenizer": policy.tokenizer, "output_ids": [items[row]["tokens"] for row in rows]})
-        scores = check_scores(answer, [len(items[row]["tokens"]) for row in rows])
-    if args.reward_on == "rank0":
-        return broadcast(scores)
-    return gather_rows(scores + [None] * (len(rank_rows(len(items))[0]) - len(scores)), len(items))
-
-
-@torch.no_grad()
-def score_tokens(policy: Policy, prompts: list[list[int]], responses: list[list[int]], args: Args) -> dict[str, torch.Tensor]:
-    """Log-probs, reference log-probs, values and entropy (B, R) of all responses, on all ranks; each rank computes its share."""
-    rows, _ = rank_rows(len(prompts))
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[rows[i]]) + len(responses[rows[i]]))
-    found = [None] * len(rows)
-    for start in range(0, len(rows), args.micro_batch_size):
-        micro = order[start : start + args.micro_batch_size]
-        batch = collate([prompts[rows[i]] for i in micro], [responses[rows[i]] for i in micro], policy.model.start_id, policy.device)
-        out = policy.model(**batch, rules=policy.rules)
-        flat = torch.stack([out["logprobs"], policy.reference(batch), out["value"][:, 0], out["entropy"]], 1).cpu()  # (N, 4)
-        for i, piece in zip(micro, flat.split([len(responses[rows[i]]) for i in micro])):
-            found[i] = piece
-    whole = pad_sequence(gather_rows(found, len(prompts)), batch_first=True)  # (B, R, 4)
-    return dict(zip(("logprobs", "ref_logprobs", "values", "entropy"), whole.unbind(-1)))
-
-
-def episode_row(episode: int, count: int, seed: int) -> int:
-    """Which of `count` prompts an episode gets: each once before any twice, in an order that a seed shuffles anew each pass."""
-    return _permutation(count, seed, episode // count)[episode % count]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
-
-
-def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], mask: torch.Tensor, step: int) -> None:
-    """Stop before the first update if this model cannot be trained rightly: the sampler's log-probs must be those of the
-    training forward, and at step 0 the reference's must be the policy's. Rounding in bfloat16 is let through."""
-    gaps = {"the sampler's log-probs differ from the training forward's": sampled - data["logprobs"]}
-    if step == 0:
-        gaps["the reference differs from the untrained policy"] = data["ref_logprobs"] - data["logprobs"]
-    for what, gap in gaps.items():
-        mean = (gap.abs() * mask).sum().item() / mask.sum().item()
-        if not mean < 0.05:
-            raise UserError(f"{what} by {mean:.3f} nats a token: this architecture is not handled rightly, so training would go wrong")
-
-
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """1 - Var(return - value) / Var(return) over real tokens: 1 is a perfect value, 0 no better than a constant."""
     values, returns = values[mask], returns[mask]
     return 1 - ((returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)).item()
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+# --- rollout ----------------------------------------------------------------------------------------------------------
 
 
-def evaluate(policy: Policy, prompts: list[list[int]], rows: list[dict], args: Args) -> tuple[dict[str, float], list[dict]]:
-    """Mean reward and metrics over the evaluation prompts, and the samples; once for each combination of the eval options."""
+@torch.no_grad()
+def score_tokens(model: LanguageModel, reference: Callable, prompts: list[list[int]], responses: list[list[int]],
+                 rules: LogitRules, micro_batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """logprobs, ref_logprobs, values, entropy and mask, each (B, R), of all responses on all ranks, which share the work.
+
+    Column t belongs to response token t; its value is that of the state before it. 0 and False where no token is.
+    """
+    rows, _ = rank_rows(len(prompts))
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[rows[i]]) + len(responses[rows[i]]))
+    found = [None] * len(rows)
+    for start in range(0, len(rows), micro_batch_size):
+        micro = order[start : start + micro_batch_size]
+        chosen = [responses[rows[i]] for i in micro]
+        batch = collate([prompts[rows[i]] for i in micro], chosen, model.start_id, device)
+        out = model(**batch, rules=rules)
+        flat = torch.stack([out["logprobs"], reference(batch), out["value"][:, 0], out["entropy"]], 1).cpu()  # (N, 4)
+        for i, piece in zip(micro, flat.split([len(response) for response in chosen])):
+            found[i] = piece
+    whole = pad_sequence(gather_rows(found, len(prompts)), batch_first=True)  # (B, R, 4)
+    mask = torch.arange(whole.shape[1]) < torch.tensor([len(response) for response in responses])[:, None]
+    return dict(zip(("logprobs", "ref_logprobs", "values", "entropy"), whole.unbind(-1))) | {"mask": mask}
+
+
+def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int) -> None:
+    """Stop before the first update if this model cannot be trained rightly: the sampler's log-probs must be those of the
+    training forward, and at step 0 the reference's must be the policy's. Rounding in bfloat16 is let through."""
+    gaps = {"the sampler's log-probs differ from the training forward's": sampled - data["logprobs"]}
+    if step == 0:
+        gaps["the reference differs from the untrained policy"] = data["ref_logprobs"] - data["logprobs"]
+    for what, gap in gaps.items():
+        mean = gap[data["mask"]].abs().mean().item()
+        if not mean < 0.05:
+            raise UserError(f"{what} by {mean:.3f} nats a token: this architecture is not handled rightly here")
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(model: LanguageModel, tokenizer, prompts: list[list[int]], rows: list[dict], rules: LogitRules,
+             reward_fn: Callable, metric_fn: Callable | None, stop: list[str], args: Args) -> tuple[dict, list[dict]]:
+    """Means of score and metrics over the evaluation prompts, and the samples; once for each combination of the
+    list-valued eval options. The random numbers are the same each time, so that two evaluations compare well."""
     prompts, rows = ([row for row in every for _ in range(args.eval_samples)] for every in (prompts, rows))
-    uniforms = noise(generator(args.seed, 2), len(prompts), args.max_new_tokens)  # the same each time: less noise in a comparison
+    uniforms = noise(generator(args.seed, 2), len(prompts), args.max_new_tokens)
     options = {"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p}
     metrics, samples = {}, []
     for values in itertools.product(*options.values()):
-        chosen = dict(zip(options, values))
-        suffix = "".join(f"@{name}={value:g}" for name, value in chosen.items() if len(options[name]) > 1)
-        rules = dataclasses.replace(policy.rules, temperature=chosen["temperature"])
-        items = sample(policy, prompts, uniforms, args, rules, chosen["top_k"], chosen["top_p"])
-        rewards = [sum(score) if isinstance(score, list) else score for score in score(policy, items, rows, args)]
-        found = {"reward": rewards}
-        if policy.metric_fn and dist.get_rank() == 0:
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-            texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
-            found = {**call(policy.metric_fn, **{**columns, **texts, "tokenizer": policy.tokenizer}), **found}
-        found = broadcast({name: values.tolist() if hasattr(values, "tolist") else values for name, values in found.items()})
-        for name, values in found.items():
-            metrics[f"eval/{name}{suffix}"] = sum(map(float, values)) / len(values) if isinstance(values, (list, tuple)) else float(values)
-        metrics[f"eval/length{suffix}"] = sum(len(item["tokens"]) for item in items) / len(items)
-        samples += [{**({"option": suffix} if suffix else {}), "prompt": item["prompt"], "output": item["output"], "reward": reward}
-                    for item, reward in zip(items, rewards)]
+        temperature, top_k, top_p = values
+        suffix = "".join(f"@{name}={value:g}" for name, value in zip(options, values) if len(options[name]) > 1)
+        items = sample_texts(model, tokenizer, prompts, uniforms, dataclasses.replace(rules, temperature=temperature),
+                             batch_size=args.generation_batch_size, stop_sequences=stop, keep_sharded=args.keep_sharded,
+                             top_k=top_k, top_p=top_p)
+        scores = compute_scores(reward_fn, items, rows, tokenizer, args.reward_on)
+        totals = [sum(score) if isinstance(score, list) else score for score in scores]
+        found = {"reward": totals, "length": [len(item["tokens"]) for item in items]}
+        if metric_fn and dist.get_rank() == 0:
+            found = call(metric_fn, **text_columns(items, rows), tokenizer=tokenizer) | found
+        for name, value in broadcast(found).items():
+            metrics[f"eval/{name}{suffix}"] = torch.as_tensor(value, dtype=torch.float64).mean().item()
+        samples += [{**({"option": suffix} if suffix else {}), "prompt": item["prompt"], "output": item["output"],
+                     "reward": total} for item, total in zip(items, totals)]
     return metrics, samples
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def build(args: Args, path: str, device: torch.device, rules: LogitRules):
-    """The sharded policy with its value head, the reference as a function of a batch, and peft's wrapper if there is one."""
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+def build(args: Args, path: str, device: torch.device, rules: LogitRules) -> tuple[LanguageModel, Callable, object]:
+    """The sharded policy with its value head, the reference's log-probs as a function of a batch (to be called right
+    after the policy's forward on it), and peft's wrapper if there is one."""
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
     options = dict(shard_size=args.shard_size, offload=args.offload)
-    lm, lora, twin, branch = load_lm(path), None, None, None
-    if args.num_value_layers:
-        branch = top_copy(lm, args.num_value_layers, whole=False, detach=False)
+    lm, lora, twin = load_lm(path), None, None
+    branch = top_copy(lm, args.num_value_layers, whole=False, detach=False) if args.num_value_layers else None
     if args.lora_rank:
         lora = add_lora(lm, args.lora_rank, args.lora_alpha)
-    elif args.num_layers_unfrozen != -1:
+    elif args.num_layers_unfrozen == -1:
+        twin = load_lm(path)
+    else:
         twin = top_copy(lm, args.num_layers_unfrozen, whole=True, detach=True)
         freeze_below(lm, twin)
-    else:
-        twin = load_lm(path)
     if args.gradient_checkpointing:
         checkpoint_blocks(lm)
     model = LanguageModel(lm, branch=branch)
     model.heads["value"] = make_head(model.width, 1)
     prepare(model, dtype, device, **options)
-    if lora is None:
-        frozen_twin = prepare(frozen(twin, dtype), dtype, device, **options)
-        return model, lambda batch: frozen_twin(**batch, rules=rules)["logprobs"], None
+    reference = model if lora else prepare(frozen(twin, dtype), dtype, device, **options)
 
-    def without_adapter(batch):
-        with lora.disable_adapter():
-            return model(**batch, rules=rules)["logprobs"]
+    def reference_logprobs(batch):
+        with lora.disable_adapter() if lora else contextlib.nullcontext():
+            return reference(**batch, rules=rules)["logprobs"]
 
-    return model, without_adapter, lora
+    return model, reference_logprobs, lora
 
 
-def update(policy: Policy, optimizer, prompts, responses, data: dict[str, torch.Tensor], state: dict, total_updates: int, args: Args, folder: str):
-    """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over all tokens that were trained."""
-    world, sums, tokens_seen, first_error, ratio_max, step = dist.get_world_size(), {}, 0, 0.0, 0.0, state["step"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def update(model: LanguageModel, optimizer, prompts: list[list[int]], responses: list[list[int]], data: dict[str, torch.Tensor],
+           rules: LogitRules, state: dict, total_updates: int, args: Args, folder: str, device: torch.device) -> dict[str, float]:
+    """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over all tokens and ranks."""
+    world, sums, tokens_seen, largest = dist.get_world_size(), {}, 0, {"policy/ratio_max": 0.0, "policy/first_ratio_error": 0.0}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-    updates = args.ppo_epochs * -(-len(prompts) // args.batch_size)
-    for number in range(updates):
-        epoch, place = divmod(number, updates // args.ppo_epochs)
-        order = torch.randperm(len(prompts), generator=generator(args.seed, 3, step, epoch)).tolist()
-        minibatch = sorted(order[place * args.batch_size : (place + 1) * args.batch_size], key=lambda row: lengths[row])
+    orders = [torch.randperm(len(prompts), generator=generator(args.seed, 3, state["step"], epoch)) for epoch in range(args.ppo_epochs)]
+    for number, minibatch in enumerate(minibatch for order in orders for minibatch in order.split(args.batch_size)):
+        minibatch = sorted(minibatch.tolist(), key=lengths.__getitem__)  # like lengths share a micro-batch
         tokens = data["mask"][minibatch].sum().item()  # the one denominator, known before the first backward
-        rows, real = rank_rows(len(minibatch))
-        for start in range(0, len(rows), args.micro_batch_size):
-            micro = [minibatch[row] for row in rows[start : start + args.micro_batch_size]]
-            inside = data["mask"][micro]  # (b, R)
-            flat = {name: data[name][micro][inside].to(policy.device) for name in ("logprobs", "values", "advantages", "returns")}  # (N,)
-            weight = (inside * torch.tensor(real[start : start + args.micro_batch_size])[:, None])[inside].to(policy.device)  # (N,)
-            batch = collate([prompts[row] for row in micro], [responses[row] for row in micro], policy.model.start_id, policy.device)
-            out = policy.model(**batch, rules=policy.rules)
-            surrogate, policy_sums = policy_loss(out["logprobs"], flat["logprobs"], flat["advantages"], weight, args.clip_range)
-            error, value_sums = value_loss(out["value"][:, 0], flat["values"], flat["returns"], weight, args.clip_range_value)
-            # FSDP averages gradients over ranks: times the number of ranks is their sum
+        mine, real = rank_rows(len(minibatch))
+        for start in range(0, len(mine), args.micro_batch_size):
+            rows = [minibatch[place] for place in mine[start : start + args.micro_batch_size]]
+            inside = data["mask"][rows]  # (b, R); what follows is flat over its N tokens
+            weight = torch.tensor(real[start : start + args.micro_batch_size])[:, None].expand_as(inside)[inside].to(device)
+            old = {name: data[name][rows][inside].to(device) for name in ("logprobs", "values", "advantages", "returns")}
+            batch = collate([prompts[row] for row in rows], [responses[row] for row in rows], model.start_id, device)
+            out = model(**batch, rules=rules)
+            surrogate, parts = policy_loss(out["logprobs"], old["logprobs"], old["advantages"], weight, args.clip_range)
+            error, value_parts = value_loss(out["value"][:, 0], old["values"], old["returns"], weight, args.clip_range_value)
+            # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
             ((surrogate + args.vf_coef * error) * world / tokens).backward()
-            part = {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **policy_sums, **value_sums}
-            sums = {name: sums.get(name, 0) + value.item() for name, value in part.items()}
-            distance = ((out["logprobs"].detach() - flat["logprobs"]).abs() * weight).max().exp().item()
-            ratio_max = max(ratio_max, distance)
+            parts |= {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **value_parts}
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
+            ratio = ((out["logprobs"].detach() - old["logprobs"]).abs() * weight).max().exp().item()
+            largest["policy/ratio_max"] = max(largest["policy/ratio_max"], ratio)
             if number == 0:
-                first_error = max(first_error, distance - 1)
+                largest["policy/first_ratio_error"] = max(largest["policy/first_ratio_error"], ratio - 1)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(norm):
-            path = f"{folder}/nonfinite-step-{step}-rank-{dist.get_rank()}.pt"
+            path = f"{folder}/nonfinite-step-{state['step']}-rank-{dist.get_rank()}.pt"
             torch.save({"rows": minibatch, "prompts": prompts, "responses": responses, **data}, path)
-            raise UserError(f"step {step}: the gradient is {norm}; its batch is in {path}. Try a lower --learning-rate, or look at the scores")
+            raise UserError(f"step {state['step']}: the gradient is {norm}; its batch is in {path}, the last checkpoint is "
+                            "as it was. Lower --learning-rate, or look at the scores")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
         optimizer.step()
         optimizer.zero_grad()
         state["updates"] += 1
         tokens_seen += tokens
-        sums["optim/grad_norm"] = sums.get("optim/grad_norm", 0) + norm * tokens / world
-    # means over all minibatches and ranks
-    parts = gather_rows([{**sums, "max": ratio_max, "first": first_error}], world)
-    metrics = {name: sum(part[name] for part in parts) / tokens_seen for name in sums}
-    metrics |= {"policy/ratio_max": max(part["max"] for part in parts), "policy/first_ratio_error": max(part["first"] for part in parts),
-                "optim/learning_rate": optimizer.param_groups[0]["lr"]}
-    return metrics
+        sums["optim/grad_norm"] = sums.get("optim/grad_norm", 0.0) + norm * tokens / world
+    every = gather_rows([(sums, largest)], world)
+    return {**{name: sum(rank_sums[name] for rank_sums, _ in every) / tokens_seen for name in sums},
+            **{name: max(rank_largest[name] for _, rank_largest in every) for name in largest},
+            "optim/learning_rate": optimizer.param_groups[0]["lr"]}
 
 
 def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = None, eval_prompts: list | None = None,
           metric_fn: Callable | None = None, stop_sequences: list[str] | None = None, logit_mask: torch.Tensor | None = None):
-    """Train by PPO and return the model and its tokenizer, plain transformers objects (the model on rank 0, None elsewhere).
+    """Train by PPO; return the model and its tokenizer, plain transformers objects (the model on rank 0, None elsewhere).
 
-    reward_fn(samples, prompts, outputs, tokenizer, **metadata) -> a number or a list of token rewards for each sample; it
-    replaces --reward. metric_fn, with the same arguments, -> {name: list or number}, at evaluation. Either gets what it
-    accepts, output_ids too. prompts, eval_prompts: texts, or rows with a prompt and metadata. logit_mask: (V, V) bool,
-    [i, j] forbids token j after token i. Raises UserError for what the user can mend.
+    reward_fn(samples, prompts, outputs, tokenizer, **metadata) -> for each sample a number, or a list of numbers, one for
+    each output token; it replaces --reward. metric_fn, called alike at evaluation -> {name: list or number}. Each gets
+    those arguments that it accepts, output_ids (the sampled ids) among them. prompts, eval_prompts: texts, or rows with a
+    prompt and metadata. logit_mask: (V, V) bool, [i, j] forbids token j after token i. Raises UserError for what the user
+    can mend.
     """
     check(args, reward_fn)
     device = init(args.seed)
@@ -674,127 +569,123 @@ def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = 
     # --- task
     walks = random_walks(args.seed) if args.model is None or (args.reward == "randomwalks" and reward_fn is None) else None
     path = args.model or f"{folder}/start"
-    if args.model is None and not os.path.exists(f"{path}/config.json"):
+    if args.model is None and not os.path.exists(path):
         say("fitting a small GPT-2 to 1000 random walks ...")
         if dist.get_rank() == 0:
-            cloned_walker(walks, args.seed).save_pretrained(path)
-            walks_tokenizer().save_pretrained(path)
+            cloned_walker(walks, args.seed).save_pretrained(path + ".tmp")
+            walks_tokenizer().save_pretrained(path + ".tmp")
+            os.replace(path + ".tmp", path)
         dist.barrier()
     tokenizer = load_tokenizer(args.tokenizer or path)
     reward_fn = reward_fn or load_reward(args, device)
     metric_fn = metric_fn or (walks.metric if walks else None)
-    if prompts is None:
-        prompts = read_rows(args.prompts, "--prompts") if args.prompts else walks.starts if walks else [""]
-    rows = prompt_rows(prompts, f"--prompts {args.prompts}" if args.prompts else "prompts")
-    if eval_prompts is None:
-        eval_prompts = read_rows(args.eval_prompts, "--eval-prompts") if args.eval_prompts else prompts
-    eval_rows = prompt_rows(eval_prompts, f"--eval-prompts {args.eval_prompts}" if args.eval_prompts else "eval_prompts")[: args.num_eval_prompts]
+    rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
+    eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)[: args.num_eval_prompts]
+    stop = list(args.stop if stop_sequences is None else stop_sequences)
 
     # --- models
-    eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    rules = LogitRules(args.temperature, eos_ids, args.min_new_tokens, logit_mask)
+    rules = LogitRules(args.temperature, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+                       args.min_new_tokens, logit_mask)
     model, reference, lora = build(args, path, device, rules)
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: they do not belong together")
-    policy = Policy(model, reference, tokenizer, rules, list(args.stop if stop_sequences is None else stop_sequences), reward_fn, metric_fn, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, fused=True)
-    ids, cut = encode_prompts(rows, tokenizer, args, model.seq2seq)
-    eval_ids, eval_cut = encode_prompts(eval_rows, tokenizer, args, model.seq2seq)
-    if cut or eval_cut:
-        say(f"{cut} of {len(ids)} prompts and {eval_cut} of {len(eval_ids)} evaluation prompts were cut on the {args.truncation_side} to "
-            f"{args.max_length - args.max_new_tokens} tokens")
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, fused=True)
+    room = args.max_length - args.max_new_tokens
+    ids, cut = encode_prompts(rows, tokenizer, room, args.truncation_side, model.seq2seq)
+    eval_ids, eval_cut = encode_prompts(eval_rows, tokenizer, room, args.truncation_side, model.seq2seq)
+    if any(cut + eval_cut):
+        say(f"{sum(cut)} of {len(cut)} prompts and {sum(eval_cut)} of {len(eval_cut)} evaluation prompts are longer than "
+            f"{room} tokens and were cut on the {args.truncation_side}")
 
     # --- loop
-    state = {"step": 0, "episodes": 0, "tokens": 0, "updates": 0, "kl_coef": args.kl_coef, "moments": (0, 0.0, 0.0), "best": -math.inf}
-    if checkpoint:
-        state |= load_checkpoint(checkpoint, model, optimizer)
     planned = args.total_episodes // args.rollout_batch_size
     steps = min(planned, args.max_steps or planned)
     total_updates = planned * args.ppo_epochs * math.ceil(args.rollout_batch_size / args.batch_size)
+    state = {"step": 0, "episodes": 0, "tokens": 0, "updates": 0, "kl_coef": args.kl_coef, "moments": (0, 0.0, 0.0),
+             "best": -math.inf}
+    if checkpoint:
+        state |= load_checkpoint(checkpoint, model, optimizer)
     log = RunLog(folder, args, state["step"], steps, args.track)
-
-    def run_evaluation():
-        metrics, samples = evaluate(policy, eval_ids, eval_rows, args)
-        log.metrics(state["step"], {"episodes": state["episodes"], "tokens": state["tokens"], **metrics}, ("eval/reward", *list(metrics)[:2]))
-        log.samples(state["step"], samples)
-        shown = samples[:: max(1, len(samples) // 5)][:5]
-        return metrics, shown
-
+    evaluation = (model, tokenizer, eval_ids, eval_rows, rules, reward_fn, metric_fn, stop, args)
     if not checkpoint:
-        state["before"], shown = run_evaluation()
-        say(table("before training", shown))
-    fresh = True
-    while state["step"] < steps:
-        step, started = state["step"], time.time()
-        chosen = [episode_row(state["episodes"] + i, len(ids), args.seed) for i in range(args.rollout_batch_size)]
-        batch_prompts = [ids[row] for row in chosen]
+        state["before"], samples = evaluate(*evaluation)
+        log.metrics(0, {"episodes": 0, "tokens": 0, **state["before"]}, tuple(state["before"]))
+        log.samples(0, samples)
+        say(table("before training", samples[:: max(1, len(samples) // 5)][:5]))
+    first_step = state["step"]
+    for step in range(first_step, steps):
+        started = time.time()
 
-        # rollout: sample outputs, score them, and run policy, value and reference once over them
+        # rollout: sample outputs, score them, run policy, value and reference once over them
+        chosen = [shuffled(state["episodes"] + i, len(ids), args.seed) for i in range(args.rollout_batch_size)]
+        batch_prompts, batch_rows = [ids[row] for row in chosen], [rows[row] for row in chosen]
         uniforms = noise(generator(args.seed, 1, step), len(chosen), args.max_new_tokens)
-        items = sample(policy, batch_prompts, uniforms, args, rules)
+        items = sample_texts(model, tokenizer, batch_prompts, uniforms, rules, batch_size=args.generation_batch_size,
+                             stop_sequences=stop, keep_sharded=args.keep_sharded)
         responses = [item["tokens"] for item in items]
-        raw = score(policy, items, [rows[row] for row in chosen], args)
-        data = score_tokens(policy, batch_prompts, responses, args)
-        data["mask"] = mask = pad_sequence([torch.ones(len(response), dtype=torch.bool) for response in responses], batch_first=True)
+        raw = compute_scores(reward_fn, items, batch_rows, tokenizer, args.reward_on)
+        data = score_tokens(model, reference, batch_prompts, responses, rules, args.micro_batch_size, device)
+        mask = data["mask"]
         sampled = pad_sequence([torch.tensor(item["logprobs"]) for item in items], batch_first=True)
-        kl = kl_penalty(data["logprobs"], data["ref_logprobs"], "k1")
-        if fresh:
-            check_start(sampled, data, mask, step)
+        if step == first_step:
+            check_start(sampled, data, step)
         rollout_seconds = time.time() - started
 
         # advantages: every rank has the whole rollout and computes the same numbers
-        scores, state["moments"] = shape_scores(raw, [item["finished"] for item in items], state["moments"], args)
+        finished = [item["finished"] for item in items]
+        scores, state["moments"] = shape_scores(raw, finished, state["moments"], args)
+        kl = kl_penalty(data["logprobs"], data["ref_logprobs"], "k1")
         rewards = token_rewards(scores, kl, mask, state["kl_coef"])
+        metrics = {"rollout/reward": rewards.sum().item() / len(items)}
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, data["returns"] = gae(rewards, data["values"], mask, args.gamma, args.lam)
         data["advantages"] = whiten(advantages, mask)
 
         # update
-        metrics = update(policy, optimizer, batch_prompts, responses, data, state, total_updates, args, folder)
+        metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, folder, device)
         mean_kl = (kl * mask).sum().item() / len(items)
-        state["kl_coef"] = adapt_kl_coef(state["kl_coef"], mean_kl, args.kl_target, len(items), args.kl_horizon)
-        state["step"] += 1
-        state["episodes"] += len(items)
+        state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())
 
         # log, evaluate, save
-        seconds = time.time() - started
         totals = torch.tensor([sum(score) if isinstance(score, list) else score for score in raw])
+        seconds = time.time() - started
         metrics |= {
             "episodes": state["episodes"], "tokens": state["tokens"],
             "rollout/score": totals.mean().item(), "rollout/score_std": totals.std(correction=0).item(),
-            "rollout/reward": rewards.sum().item() / len(items), "rollout/kl": mean_kl,
-            "rollout/kl_k3": (kl_penalty(data["logprobs"], data["ref_logprobs"], "k3") * mask).sum().item() / len(items),
-            "rollout/kl_coef": state["kl_coef"], "rollout/entropy": (data["entropy"] * mask).sum().item() / mask.sum().item(),
-            "rollout/length": mask.sum().item() / len(items), "rollout/finished": sum(item["finished"] for item in items) / len(items),
-            "rollout/sampler_gap": ((sampled - data["logprobs"]).abs() * mask).max().item(),
-            "value/mean": (data["values"] * mask).sum().item() / mask.sum().item(),
+            "rollout/kl": mean_kl, "rollout/kl_coef": state["kl_coef"],
+            "rollout/kl_k3": kl_penalty(data["logprobs"], data["ref_logprobs"], "k3")[mask].sum().item() / len(items),
+            "rollout/entropy": data["entropy"][mask].mean().item(), "rollout/length": mask.sum().item() / len(items),
+            "rollout/finished": sum(finished) / len(items), "rollout/cut_prompts": sum(cut[row] for row in chosen),
+            "rollout/sampler_gap": (sampled - data["logprobs"])[mask].abs().max().item(),
+            "value/mean": data["values"][mask].mean().item(),
             "value/explained_variance": explained_variance(data["values"], data["returns"], mask),
             "perf/rollout_seconds": rollout_seconds, "perf/update_seconds": seconds - rollout_seconds,
             "perf/episodes_per_second": len(items) / seconds, "perf/tokens_per_second": mask.sum().item() / seconds}
-        log.metrics(state["step"], metrics, ("rollout/score", "rollout/kl", "rollout/length"))
+        state["kl_coef"] = adapt_kl_coef(state["kl_coef"], mean_kl, args.kl_target, len(items), args.kl_horizon)
         if state["step"] % args.eval_every == 0 or state["step"] == steps:
-            state["after"], shown = run_evaluation()
+            state["after"], samples = evaluate(*evaluation)
+            metrics |= state["after"]
+            log.samples(state["step"], samples)
             reward = next(value for name, value in state["after"].items() if name.startswith("eval/reward"))
             if reward > state["best"]:
                 state["best"] = reward
                 export(model, tokenizer, f"{folder}/checkpoints/best", lora)
+        log.metrics(state["step"], metrics, ("rollout/score", "rollout/kl", "rollout/length", *state.get("after", ())))
         if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
-            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer, {**state, "args": dataclasses.asdict(args)})
-            for old in checkpoints(f"{folder}/checkpoints")[: -args.keep_checkpoints] if dist.get_rank() == 0 else []:
-                shutil.rmtree(old)
-        fresh = False
+            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
+                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
 
     log.close()
     export(model, tokenizer, f"{folder}/model", lora)
-    if not fresh:
-        say(table("after training", shown))
-    before, after = state.get("before", {}), state.get("after", {})
-    say("; ".join(f"{name[5:]} {before[name]:.3f} -> {after[name]:.3f}" for name in after if name in before and not name.startswith("eval/length"))
+    if state["step"] > first_step:
+        say(table("after training", samples[:: max(1, len(samples) // 5)][:5]))
+    say("; ".join(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in state["after"].items())
         + f"; model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 

@@ -1,13 +1,20 @@
-"""Rows from JSON lines, JSON, CSV, Parquet or a Hub data set, and users' functions called with what they accept."""
+"""Rows from files and the Hub, prompts as token ids, the order of the data, and users' functions: found, called, checked."""
 
 import csv
+import functools
 import gzip
+import importlib
+import importlib.util
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable
 
+import torch
+
 from common.cli import UserError
+from common.distributed import generator
 
 
 def read_rows(path: str, flag: str) -> list[dict]:
@@ -92,10 +99,90 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
     return [dict.fromkeys(columns) | row for row in rows]  # every row has every column, None where it was missing
 
 
+def encode_prompts(rows: list[dict], tokenizer, room: int, side: str, seq2seq: bool) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of each row's prompt, at most `room` of them, and which prompts were cut, on `side`.
+
+    The tokenizer's own special tokens are added (Llama's BOS, T5's EOS), but no end token in front of a causal output. A
+    list of messages goes through the chat template. An empty prompt becomes the BOS token.
+    """
+    ids, cut = [], []
+    for row in rows:
+        if isinstance(row["prompt"], str):
+            tokens = tokenizer(row["prompt"])["input_ids"]
+            if not seq2seq and tokens[-1:] == [tokenizer.eos_token_id] and not row["prompt"].endswith(tokenizer.eos_token):
+                tokens = tokens[:-1]
+        else:
+            chat = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
+            tokens = chat["input_ids"]
+        cut.append(len(tokens) > room)
+        tokens = tokens[-room:] if side == "left" else tokens[:room]
+        if not tokens:
+            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            if start is None:
+                raise UserError("a prompt is empty and the tokenizer has no BOS or EOS token to start from: remove empty prompts")
+            tokens = [start]
+        ids.append(list(tokens))
+    return ids, cut
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """Which of `count` rows comes at `position` of an endless stream that shuffles anew each pass. Nothing to save: the
+    position is the whole state."""
+    return _order(count, seed, position // count)[position % count]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
+
+
+def load_function(spec: str, flag: str) -> Callable:
+    """The function that `file.py:function` or `package.module:function` names. Raises UserError when there is none."""
+    path, _, name = spec.rpartition(":")
+    try:
+        if path.endswith(".py"):
+            found = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(path)
+        return getattr(module, name)
+    except (FileNotFoundError, ModuleNotFoundError, AttributeError) as error:
+        raise UserError(f"{flag} {spec}: {error}; give file.py:function or package.module:function") from None
+
+
 def call(function: Callable, /, **arguments):
-    """Call a user's function with those of the arguments that it accepts."""
+    """Call a user's function with those of the arguments that it accepts. Raises UserError if it needs others."""
     parameters = inspect.signature(function).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if missing := [name for name in needed if name not in arguments]:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UserError(f"the function {name} needs an argument '{missing[0]}', but gets only {', '.join(arguments)}")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         accepted = {parameter.name for parameter in parameters}
         arguments = {name: value for name, value in arguments.items() if name in accepted}
     return function(**arguments)
+
+
+def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
+    """A reward function's answer as a list with, for each sample, a number, or a list of numbers for its output tokens.
+
+    lengths: output tokens of each sample. Raises UserError, naming the sample, for a wrong count, a wrong type, NaN,
+    infinity, or more token rewards than tokens.
+    """
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(scores, (list, tuple)) or len(scores) != len(lengths):
+        what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
+        raise UserError(f"the reward function returned {what} for {len(lengths)} samples; return a list with one entry each")
+    checked = []
+    for number, (score, length) in enumerate(zip(scores, lengths)):
+        score = score.tolist() if hasattr(score, "tolist") else score
+        dense = isinstance(score, (list, tuple))
+        for value in score if dense else [score]:
+            numeric = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
+            if not numeric or not math.isfinite(value):
+                raise UserError(f"the reward function returned {_short(value)} for sample {number}; return finite numbers")
+        if dense and not 0 < len(score) <= length:
+            raise UserError(f"the reward function returned {len(score)} token rewards for sample {number}, whose output has {length} tokens")
+        checked.append([float(value) for value in score] if dense else float(score))
+    return checked

@@ -160,11 +160,12 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     return tensors
 
 
-def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> None:
     """Write trained weights, optimizer, random states and the loop's `state` (JSON values) to the folder `path`.
 
     Frozen weights are not written: they are those of the model that the run starts from. All files go to a temporary
-    folder that is renamed at the end, so that a folder called `path` is always whole. Weights are safetensors.
+    folder that is renamed at the end, so that a folder called `path` is always whole. Weights are safetensors. Beside it,
+    only the newest `keep` checkpoints stay.
     """
     if dist.get_rank() == 0:
         shutil.rmtree(path + ".tmp", ignore_errors=True)
@@ -185,6 +186,8 @@ def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(path + ".tmp", path)
+        for old in checkpoints(os.path.dirname(path))[:-keep]:
+            shutil.rmtree(old)
     dist.barrier()
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from common.distributed import gather_rows, rank_rows, unsharded
 from common.models import LanguageModel, LogitRules, pad_rows
 
 
@@ -125,3 +126,29 @@ def generate(
         ids, previous = tokens[:, None], tokens
         mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return result
+
+
+def sample_texts(model: LanguageModel, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, rules: LogitRules, *,
+                 batch_size: int, stop_sequences: list[str] = (), keep_sharded: bool = False, **options) -> list[dict]:
+    """`generate` over all ranks: each samples its share of the prompts, in batches; all return all, in order.
+
+    Returns for each prompt a dict of tokens, logprobs and finished (see `Generation`) and the texts prompt, output (cut
+    where the first stop sequence begins) and sample (both together), all without special tokens.
+    """
+    rows, real = rank_rows(len(prompts))
+    mine = rows if keep_sharded else [row for row, is_real in zip(rows, real) if is_real]
+    stop, items = stop_checker(tokenizer, list(stop_sequences)), []
+    with unsharded(model, keep_sharded):
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            out = generate(model, [prompts[row] for row in chunk], uniforms[chunk], rules, stop=stop, synced=keep_sharded, **options)
+            items += [dict(tokens=t, logprobs=p, finished=f) for t, p, f in zip(out.tokens, out.logprobs, out.finished)]
+    for row, item in zip(mine, items):
+        prompt, output = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompts[row], item["tokens"]))
+        if not model.seq2seq:  # decoded alone, an output loses its leading space in some tokenizers
+            whole = tokenizer.decode(prompts[row] + item["tokens"], skip_special_tokens=True)
+            output = whole[len(prompt) :] if whole.startswith(prompt) else output
+        if (end := find_stop(output, list(stop_sequences))) >= 0:
+            output = output[:end]
+        item.update(prompt=prompt, output=output, sample=prompt + (" " if model.seq2seq else "") + output)
+    return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))

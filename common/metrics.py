@@ -86,6 +86,8 @@ class RunLog:
             lines = [line for line in open(path) if step and line.endswith("\n") and json.loads(line)["step"] <= step] if os.path.exists(path) else []
             with open(path, "w") as file:
                 file.writelines(lines)
+            if name == "metrics.jsonl" and lines:
+                self.start -= json.loads(lines[-1])["seconds"]
         self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
         if track:
             import wandb

@@ -10,6 +10,7 @@ import copy
 import inspect
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, pipeline
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from common.cli import UserError
@@ -52,6 +53,25 @@ def _readable(flag: str, path: str):
     except (OSError, ValueError, KeyError) as error:
         folder = "the folder holds nothing that transformers can load" if os.path.isdir(path) else "no such folder, and no hub model of that name can be reached"
         raise UserError(f"{flag} {path}: {folder} ({str(error).strip().splitlines()[0][:160]})") from None
+
+
+def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[list[str]], list[float]]:
+    """A sequence-classification model, with its own tokenizer, as a function from texts to scores: the probability of the
+    label POSITIVE (else of label 1 of 2), or the bare output of a model that has only one, as reward models do."""
+    with _readable(flag, path):
+        classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True, batch_size=batch_size)
+    labels = classify.model.config.id2label
+    positive = next((label for label in labels.values() if label.upper() == "POSITIVE"), labels[min(1, len(labels) - 1)])
+    if len(labels) > 2 and positive.upper() != "POSITIVE":
+        raise UserError(f"{flag} {path}: has {len(labels)} labels and none is POSITIVE; write a function around it instead")
+
+    def score(texts: list[str]) -> list[float]:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
+        answers = classify([texts[i] for i in order], function_to_apply="none" if len(labels) == 1 else "softmax")
+        scores = {i: next(a["score"] for a in answer if a["label"] == positive) for i, answer in zip(order, answers)}
+        return [scores[i] for i in range(len(texts))]
+
+    return score
 
 
 def add_lora(lm: PreTrainedModel, rank: int, alpha: float):
