@@ -1,26 +1,26 @@
-"""Proximal policy optimisation for language models (PPO, arXiv 1707.06347, as in 1909.08593, 2009.01325 and 2203.02155).
+"""Proximal policy optimisation for language models (PPO, arXiv 1707.06347, as in 1909.08593 and 2203.02155).
 
-Sample outputs from the policy, score them with any reward function, pay a penalty for each token's distance from a frozen
-reference, and take a few epochs of clipped policy-gradient steps on advantages from a learned value.
+Sample outputs from the policy, score them with any reward function, subtract a penalty for each token's distance from a
+frozen reference, and take a few epochs of clipped policy-gradient steps on advantages from a learned value.
 
 Differences from the papers, and from trlX where it differs from them:
 1. The value is a small head on the policy's own hidden states (or on a trainable copy of its top blocks,
    `--num-value-layers`), as in trlX; its last layer starts at zero. 2009.01325 has a separate value network.
-2. Log-probs of the update, of the old policy and of the reference come from one function, with the sampling temperature.
-   Rollouts sample from the whole distribution: top-k and top-p exist for evaluation only.
-3. The score sits on the last real token, advantages are whitened over all real tokens of the rollout on all ranks, and a
-   minibatch's loss is a sum over its tokens divided by their number, whatever the micro-batches and ranks.
+2. Log-probs of the update, of the old policy and of the reference come from one function, with the temperature of the
+   sampling. Rollouts sample from the whole distribution: top-k and top-p exist for evaluation only.
+3. The score sits on the last real token, advantages are whitened over all real tokens of the rollout on all ranks, and
+   a minibatch's loss is a sum over its tokens divided by their number, whatever the micro-batches and ranks.
 4. Adam's epsilon is 1e-5, gradients are clipped to norm 1. No entropy bonus, no early stop.
-5. Random walks (the default task) starts from trlX's hyperparameters for it; changed are: the learning rate decays to 0, the
-   minibatch is 32 (trlX: 100), 5120 episodes (trlX: 2560), vf_coef 0.1 (1.2): the shared trunk must not be pulled by the value.
+5. RANDOMWALKS_NOTE
 
-One step is one rollout of `--rollout-batch-size` episodes and its updates. Batch sizes are global: the same flags give the
-same optimisation, and sample the same tokens up to rounding, on any number of processes.
+One step is one rollout of `--rollout-batch-size` episodes and its updates. Batch sizes are global: the same flags give
+the same optimisation, and sample the same tokens up to rounding, on any number of processes.
 
-    python ppo.py                                                              random walks on one CPU core, a minute or two
-    python ppo.py --model gpt2 --reward sentiment                              one GPU
-    torchrun --nproc_per_node 8 ppo.py --model gpt2 --reward sentiment         eight GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo.py ...    on each of two machines
+    python ppo.py                                                         random walks on a CPU, a minute or two
+    python ppo.py --model gpt2 --reward sentiment                         one GPU
+    torchrun --nproc_per_node 8 ppo.py --model gpt2 --reward sentiment    eight GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo.py --model gpt2 \\
+        --reward sentiment                                                two machines: the same command on each
 """
 
 import contextlib
@@ -42,12 +42,26 @@ from common.data import call, check_scores, encode_prompts, load_function, promp
 from common.distributed import broadcast, gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint
 from common.generation import noise, sample_texts
 from common.metrics import RunLog, open_run, say, table
-from common.models import (LanguageModel, LogitRules, add_lora, checkpoint_blocks, collate, export, freeze_below,
-                           frozen, load_classifier, load_lm, load_tokenizer, make_head, prepare, top_copy)
+from common.models import (
+    LanguageModel,
+    LogitRules,
+    add_lora,
+    checkpoint_blocks,
+    collate,
+    export,
+    freeze_below,
+    frozen,
+    load_classifier,
+    load_lm,
+    load_tokenizer,
+    make_head,
+    prepare,
+    top_copy,
+)
 from common.randomwalks import cloned_walker, random_walks
 from common.randomwalks import tokenizer as walks_tokenizer
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -78,7 +92,7 @@ class Args:
 
     # prompts
     prompts: str | None = None
-    """.jsonl[.gz], .json, .csv, .parquet, or a Hub data set name:split, with a column prompt or text; none: the BOS token"""
+    """.jsonl[.gz], .json, .csv, .parquet or Hub data set name:split, with column prompt or text; none: the BOS token"""
     eval_prompts: str | None = None
     """prompts for evaluation, in the same forms; none: the first training prompts"""
     num_eval_prompts: int = 256
@@ -92,7 +106,7 @@ class Args:
 
     # reward
     reward: str = "randomwalks"
-    """randomwalks, sentiment, file.py:function, package.module:function, or a sequence-classification model by path or hub id"""
+    """randomwalks, sentiment, file.py:function, package.module:function, or a classification model's path or hub id"""
     reward_model: str | None = None
     """the classifier behind --reward sentiment, in place of lvwerra/distilbert-imdb"""
     reward_device: str | None = None
@@ -205,9 +219,10 @@ PRESETS = {  # defaults that a task brings along; flags and --config win
         reward_clip=1.0, batch_size=32),
     "sentiment": dict(prompts="stanfordnlp/imdb:train", eval_prompts="stanfordnlp/imdb:test", prompt_words=4),
 }
-RESUMABLE = ("total_episodes", "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track",
-             "config", "micro_batch_size", "generation_batch_size", "reward_batch_size", "reward_device", "reward_on",
-             "shard_size", "keep_sharded", "offload", "gradient_checkpointing")  # may differ from the resumed run's
+RESUMABLE = (  # settings that may differ between a run and its resumption
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track", "config",
+    "micro_batch_size", "generation_batch_size", "reward_batch_size", "reward_device", "reward_on", "shard_size",
+    "keep_sharded", "offload", "gradient_checkpointing")
 
 
 def preset(args: Args) -> dict:
@@ -217,9 +232,9 @@ def preset(args: Args) -> dict:
 
 def check(args: Args, reward_fn: Callable | None = None) -> None:
     """Refuse settings that cannot work, in one line that names the flag."""
-    for name in ("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "learning_rate",
-                 "max_new_tokens", "temperature", "generation_batch_size", "reward_batch_size", "eval_every",
-                 "num_eval_prompts", "eval_samples", "keep_checkpoints"):
+    for name in ("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size",
+                 "learning_rate", "max_new_tokens", "temperature", "generation_batch_size", "reward_batch_size",
+                 "eval_every", "num_eval_prompts", "eval_samples", "keep_checkpoints"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
     if args.max_length <= args.max_new_tokens:
@@ -257,7 +272,7 @@ def load_reward(args: Args, device: torch.device) -> Callable:
 
 
 def load_prompts(given: list | None, path: str | None, flag: str, default: list, words: int | None) -> list[dict]:
-    """Prompt rows from a list, else from a file or Hub data set, else the default; of each text the first `words` words."""
+    """Prompt rows from a list, else a file or Hub data set, else the default; of each text the first `words` words."""
     rows = read_rows(path, flag) if given is None and path else default if given is None else given
     rows = prompt_rows(rows, f"{flag} {path}" if given is None and path else flag)
     for row in rows:
@@ -267,15 +282,15 @@ def load_prompts(given: list | None, path: str | None, flag: str, default: list,
 
 
 def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
-    """What a reward or metric function is called with: the texts, the sampled ids, and the other columns of the prompts."""
+    """What a reward or metric function is called with: texts, sampled ids, and the other columns of the prompts."""
     metadata = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
     return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
 
 
 def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, reward_on: str) -> list:
-    """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share of
-    the samples, or rank 0 scores all."""
+    """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share
+    of the samples, or rank 0 scores all."""
     everything = reward_on == "rank0"
     mine, real = (range(len(items)), [True] * len(items)) if everything else rank_rows(len(items))
     chosen = [row for row, is_real in zip(mine, real) if is_real and not (everything and dist.get_rank())]
@@ -291,7 +306,8 @@ def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) ->
     """Clip scores, scale them by a standard deviation, take the missing-EOS penalty from outputs that did not end by
     themselves. Also returns the moments of the clipped scores: of all so far, or of the first rollout."""
     limit = math.inf if args.reward_clip is None else args.reward_clip
-    scores = [[max(-limit, min(limit, value)) for value in (score if isinstance(score, list) else [score])] for score in raw]
+    scores = [score if isinstance(score, list) else [score] for score in raw]
+    scores = [[max(-limit, min(limit, value)) for value in score] for score in scores]
     if args.reward_scaling == "running" or not moments[0]:
         moments = update_moments(moments, torch.tensor([sum(score) for score in scores], dtype=torch.float64))
     scale = 1.0
@@ -309,15 +325,15 @@ def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) ->
 def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy (B, R) -> (B, R), in nats.
 
-    k1 = log p - log q, unbiased, enters the reward (arXiv 1909.08593, Eq. 2); k3 = q/p - 1 - log q/p, never negative, is for
-    monitoring (Schulman, "Approximating KL divergence", 2020).
+    k1 = log p - log q, unbiased, enters the reward (arXiv 1909.08593, Eq. 2); k3 = q/p - 1 - log q/p, never negative,
+    is for monitoring (Schulman, "Approximating KL divergence", 2020).
     """
     log_ratio = ref_logprobs - logprobs
     return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
 
 
-def token_rewards(scores: list[float | list[float]], kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """Rewards (B, R): -kl_coef * kl on each real token, plus the score on the last one, or dense scores from the first on.
+def token_rewards(scores: list, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """Rewards (B, R): -kl_coef * kl on each real token, plus the score on the last one, or dense scores from the first.
 
     The sum of a row is its score minus kl_coef times its summed kl.
     """
@@ -331,10 +347,13 @@ def token_rewards(scores: list[float | list[float]], kl: torch.Tensor, mask: tor
     return rewards
 
 
-def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, Eqs. 11 and 16) -> advantages and returns (B, R), 0 where not real.
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, Eqs. 11 and 16): advantages and returns (B, R).
 
-    values[:, t] is the value of the state before token t. An episode ends with its last real token: no value follows it.
+    values[:, t] is the value of the state before token t. An episode ends with its last real token: no value follows
+    it. Both results are 0 where no token is.
     """
     advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
@@ -346,14 +365,16 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Scale x (B, R) to variance 1, and shift it to mean 0 unless told not to, over the real tokens (biased variance)."""
+    """Scale x (B, R) to variance 1, and shift it to mean 0 unless told not to, over real tokens (biased variance)."""
     count = mask.sum()
     mean = (x * mask).sum() / count
     variance = ((x - mean) ** 2 * mask).sum() / count
     return (x - (mean if shift_mean else 0)) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped surrogate (arXiv 1707.06347, Eq. 7), negated, summed over the tokens of the mask; and sums for the log.
 
     All tensors have one shape, (N,) or (B, R). Divide by the number of tokens of the whole minibatch.
@@ -363,13 +384,19 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range: float) -> 
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = (torch.maximum(plain, clipped) * mask).sum()
     with torch.no_grad():
-        sums = {"policy/clipfrac": ((clipped > plain) * mask).sum(), "policy/approx_kl": ((ratio - 1 - log_ratio) * mask).sum()}
+        sums = {"policy/clipfrac": ((clipped > plain) * mask).sum(),
+                "policy/approx_kl": ((ratio - 1 - log_ratio) * mask).sum()}
     return loss, sums
 
 
-def value_loss(values, old_values, returns, mask, clip_range: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Half the squared error to the return, the worse of the value and the value clipped to old_values +- clip_range, summed
-    over the tokens of the mask; and sums for the log. Shapes as in `policy_loss`."""
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Half the squared error to the return, the worse of the value and the value clipped to old_values +- clip_range
+    (PPO's published code; arXiv 2005.12729, section 3), summed over the tokens of the mask; and sums for the log.
+
+    Shapes as in `policy_loss`.
+    """
     clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
     plain, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     loss = 0.5 * (torch.maximum(plain, clipped) * mask).sum()
@@ -377,7 +404,7 @@ def value_loss(values, old_values, returns, mask, clip_range: float) -> tuple[to
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float | None, episodes: int, horizon: int) -> float:
-    """The adaptive KL controller (arXiv 1909.08593, section 2.2): a proportional step towards the target, at most 20 %."""
+    """The adaptive KL controller (arXiv 1909.08593, section 2.2): a step in proportion to the error, at most 20 %."""
     if target is None:
         return kl_coef
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * episodes / horizon)
@@ -388,15 +415,17 @@ def update_moments(moments: tuple[float, float, float], values: torch.Tensor) ->
     count, mean, squares = moments
     n, delta = len(values), values.mean().item() - mean
     total = count + n
-    return total, mean + delta * n / total, squares + ((values - values.mean()) ** 2).sum().item() + delta**2 * count * n / total
+    squares += ((values - values.mean()) ** 2).sum().item() + delta**2 * count * n / total
+    return total, mean + delta * n / total, squares
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `total`: a linear rise, then constant, or a cosine or line to 0."""
+    """Learning rate of optimizer step `step` (from 0) of `total`: a linear rise, then constant, a cosine or a line."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
@@ -409,9 +438,17 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 
 @torch.no_grad()
-def score_tokens(model: LanguageModel, reference: Callable, prompts: list[list[int]], responses: list[list[int]],
-                 rules: LogitRules, micro_batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """logprobs, ref_logprobs, values, entropy and mask, each (B, R), of all responses on all ranks, which share the work.
+def score_tokens(
+    model: LanguageModel,
+    reference: Callable,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    rules: LogitRules,
+    micro_batch_size: int,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """logprobs, ref_logprobs, values, entropy and mask, each (B, R), of all responses, on all ranks, which share the
+    work.
 
     Column t belongs to response token t; its value is that of the state before it. 0 and False where no token is.
     """
@@ -432,8 +469,8 @@ def score_tokens(model: LanguageModel, reference: Callable, prompts: list[list[i
 
 
 def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int) -> None:
-    """Stop before the first update if this model cannot be trained rightly: the sampler's log-probs must be those of the
-    training forward, and at step 0 the reference's must be the policy's. Rounding in bfloat16 is let through."""
+    """Stop before the first update if this model cannot be trained rightly: the sampler's log-probs must be those of
+    the training forward, and at step 0 the reference's must be the policy's. Rounding in bfloat16 is let through."""
     gaps = {"the sampler's log-probs differ from the training forward's": sampled - data["logprobs"]}
     if step == 0:
         gaps["the reference differs from the untrained policy"] = data["ref_logprobs"] - data["logprobs"]
@@ -446,8 +483,17 @@ def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int)
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: LanguageModel, tokenizer, prompts: list[list[int]], rows: list[dict], rules: LogitRules,
-             reward_fn: Callable, metric_fn: Callable | None, stop: list[str], args: Args) -> tuple[dict, list[dict]]:
+def evaluate(
+    model: LanguageModel,
+    tokenizer,
+    prompts: list[list[int]],
+    rows: list[dict],
+    rules: LogitRules,
+    reward_fn: Callable,
+    metric_fn: Callable | None,
+    stop: list[str],
+    args: Args,
+) -> tuple[dict[str, float], list[dict]]:
     """Means of score and metrics over the evaluation prompts, and the samples; once for each combination of the
     list-valued eval options. The random numbers are the same each time, so that two evaluations compare well."""
     prompts, rows = ([row for row in every for _ in range(args.eval_samples)] for every in (prompts, rows))
@@ -478,7 +524,8 @@ def evaluate(model: LanguageModel, tokenizer, prompts: list[list[int]], rows: li
 def build(args: Args, path: str, device: torch.device, rules: LogitRules) -> tuple[LanguageModel, Callable, object]:
     """The sharded policy with its value head, the reference's log-probs as a function of a batch (to be called right
     after the policy's forward on it), and peft's wrapper if there is one."""
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda") else torch.float32
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    dtype = getattr(torch, dtype)
     options = dict(shard_size=args.shard_size, offload=args.offload)
     lm, lora, twin = load_lm(path), None, None
     branch = top_copy(lm, args.num_value_layers, whole=False, detach=False) if args.num_value_layers else None
@@ -503,31 +550,46 @@ def build(args: Args, path: str, device: torch.device, rules: LogitRules) -> tup
     return model, reference_logprobs, lora
 
 
-def update(model: LanguageModel, optimizer, prompts: list[list[int]], responses: list[list[int]], data: dict[str, torch.Tensor],
-           rules: LogitRules, state: dict, total_updates: int, args: Args, folder: str, device: torch.device) -> dict[str, float]:
-    """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over all tokens and ranks."""
-    world, sums, tokens_seen, largest = dist.get_world_size(), {}, 0, {"policy/ratio_max": 0.0, "policy/first_ratio_error": 0.0}
+def update(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    data: dict[str, torch.Tensor],
+    rules: LogitRules,
+    state: dict,
+    total_updates: int,
+    args: Args,
+    folder: str,
+    device: torch.device,
+) -> dict[str, float]:
+    """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over tokens and ranks."""
+    world, sums, tokens_seen = dist.get_world_size(), {}, 0
+    largest = {"policy/ratio_max": 0.0, "policy/first_ratio_error": 0.0}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
-    orders = [torch.randperm(len(prompts), generator=generator(args.seed, 3, state["step"], epoch)) for epoch in range(args.ppo_epochs)]
+    shuffles = [generator(args.seed, 3, state["step"], epoch) for epoch in range(args.ppo_epochs)]
+    orders = [torch.randperm(len(prompts), generator=shuffle) for shuffle in shuffles]
     for number, minibatch in enumerate(minibatch for order in orders for minibatch in order.split(args.batch_size)):
         minibatch = sorted(minibatch.tolist(), key=lengths.__getitem__)  # like lengths share a micro-batch
         tokens = data["mask"][minibatch].sum().item()  # the one denominator, known before the first backward
         mine, real = rank_rows(len(minibatch))
         for start in range(0, len(mine), args.micro_batch_size):
-            rows = [minibatch[place] for place in mine[start : start + args.micro_batch_size]]
+            micro = slice(start, start + args.micro_batch_size)
+            rows = [minibatch[place] for place in mine[micro]]
             inside = data["mask"][rows]  # (b, R); what follows is flat over its N tokens
-            weight = torch.tensor(real[start : start + args.micro_batch_size])[:, None].expand_as(inside)[inside].to(device)
-            old = {name: data[name][rows][inside].to(device) for name in ("logprobs", "values", "advantages", "returns")}
+            weight = torch.tensor(real[micro])[:, None].expand_as(inside)[inside].to(device)
+            old = {name: data[name][rows][inside].to(device) for name in data}
             batch = collate([prompts[row] for row in rows], [responses[row] for row in rows], model.start_id, device)
             out = model(**batch, rules=rules)
-            surrogate, parts = policy_loss(out["logprobs"], old["logprobs"], old["advantages"], weight, args.clip_range)
-            error, value_parts = value_loss(out["value"][:, 0], old["values"], old["returns"], weight, args.clip_range_value)
+            logprobs, values = out["logprobs"], out["value"][:, 0]
+            surrogate, parts = policy_loss(logprobs, old["logprobs"], old["advantages"], weight, args.clip_range)
+            error, more = value_loss(values, old["values"], old["returns"], weight, args.clip_range_value)
             # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
             ((surrogate + args.vf_coef * error) * world / tokens).backward()
-            parts |= {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **value_parts}
+            parts |= {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **more}
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
-            ratio = ((out["logprobs"].detach() - old["logprobs"]).abs() * weight).max().exp().item()
+            ratio = ((logprobs.detach() - old["logprobs"]).abs() * weight).max().exp().item()
             largest["policy/ratio_max"] = max(largest["policy/ratio_max"], ratio)
             if number == 0:
                 largest["policy/first_ratio_error"] = max(largest["policy/first_ratio_error"], ratio - 1)
@@ -536,10 +598,11 @@ def update(model: LanguageModel, optimizer, prompts: list[list[int]], responses:
         if not math.isfinite(norm):
             path = f"{folder}/nonfinite-step-{state['step']}-rank-{dist.get_rank()}.pt"
             torch.save({"rows": minibatch, "prompts": prompts, "responses": responses, **data}, path)
-            raise UserError(f"step {state['step']}: the gradient is {norm}; its batch is in {path}, the last checkpoint is "
-                            "as it was. Lower --learning-rate, or look at the scores")
+            raise UserError(f"step {state['step']}: the gradient is {norm}; its batch is in {path}, nothing else was "
+                            "written. Lower --learning-rate, or look at the scores")
+        rate = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         state["updates"] += 1
@@ -548,18 +611,25 @@ def update(model: LanguageModel, optimizer, prompts: list[list[int]], responses:
     every = gather_rows([(sums, largest)], world)
     return {**{name: sum(rank_sums[name] for rank_sums, _ in every) / tokens_seen for name in sums},
             **{name: max(rank_largest[name] for _, rank_largest in every) for name in largest},
-            "optim/learning_rate": optimizer.param_groups[0]["lr"]}
+            "optim/learning_rate": rate}
 
 
-def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = None, eval_prompts: list | None = None,
-          metric_fn: Callable | None = None, stop_sequences: list[str] | None = None, logit_mask: torch.Tensor | None = None):
-    """Train by PPO; return the model and its tokenizer, plain transformers objects (the model on rank 0, None elsewhere).
+def train(
+    args: Args,
+    reward_fn: Callable | None = None,
+    prompts: list | None = None,
+    eval_prompts: list | None = None,
+    metric_fn: Callable | None = None,
+    stop_sequences: list[str] | None = None,
+    logit_mask: torch.Tensor | None = None,
+):
+    """Train by PPO; return the model and its tokenizer, plain transformers objects (the model on rank 0, else None).
 
-    reward_fn(samples, prompts, outputs, tokenizer, **metadata) -> for each sample a number, or a list of numbers, one for
-    each output token; it replaces --reward. metric_fn, called alike at evaluation -> {name: list or number}. Each gets
-    those arguments that it accepts, output_ids (the sampled ids) among them. prompts, eval_prompts: texts, or rows with a
-    prompt and metadata. logit_mask: (V, V) bool, [i, j] forbids token j after token i. Raises UserError for what the user
-    can mend.
+    reward_fn(samples, prompts, outputs, tokenizer, **metadata) -> for each sample a number, or a list of numbers, one
+    for each output token; it replaces --reward. metric_fn, called alike at evaluation -> {name: list or number}. Each
+    gets those arguments that it accepts, output_ids (the sampled ids) among them. prompts, eval_prompts: texts, or rows
+    with a prompt and metadata. logit_mask: (V, V) bool, [i, j] forbids token j after token i. Raises UserError for what
+    the user can mend.
     """
     check(args, reward_fn)
     device = init(args.seed)
@@ -567,7 +637,8 @@ def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = 
     folder, checkpoint = open_run(args, f"ppo-{name}-{args.seed}", RESUMABLE)
 
     # --- task
-    walks = random_walks(args.seed) if args.model is None or (args.reward == "randomwalks" and reward_fn is None) else None
+    on_walks = args.model is None or (args.reward == "randomwalks" and reward_fn is None)
+    walks = random_walks(args.seed) if on_walks else None
     path = args.model or f"{folder}/start"
     if args.model is None and not os.path.exists(path):
         say("fitting a small GPT-2 to 1000 random walks ...")
@@ -580,7 +651,8 @@ def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = 
     reward_fn = reward_fn or load_reward(args, device)
     metric_fn = metric_fn or (walks.metric if walks else None)
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
-    eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)[: args.num_eval_prompts]
+    eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)
+    eval_rows = eval_rows[: args.num_eval_prompts]
     stop = list(args.stop if stop_sequences is None else stop_sequences)
 
     # --- models
@@ -588,7 +660,7 @@ def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = 
                        args.min_new_tokens, logit_mask)
     model, reference, lora = build(args, path, device, rules)
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: they do not belong together")
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
@@ -598,8 +670,8 @@ def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = 
     ids, cut = encode_prompts(rows, tokenizer, room, args.truncation_side, model.seq2seq)
     eval_ids, eval_cut = encode_prompts(eval_rows, tokenizer, room, args.truncation_side, model.seq2seq)
     if any(cut + eval_cut):
-        say(f"{sum(cut)} of {len(cut)} prompts and {sum(eval_cut)} of {len(eval_cut)} evaluation prompts are longer than "
-            f"{room} tokens and were cut on the {args.truncation_side}")
+        say(f"{sum(cut)} of {len(cut)} prompts and {sum(eval_cut)} of {len(eval_cut)} evaluation prompts have more "
+            f"than {room} tokens and were cut on the {args.truncation_side}")
 
     # --- loop
     planned = args.total_episodes // args.rollout_batch_size
@@ -647,7 +719,8 @@ def train(args: Args, reward_fn: Callable | None = None, prompts: list | None = 
         data["advantages"] = whiten(advantages, mask)
 
         # update
-        metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, folder, device)
+        metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, folder,
+                          device)
         mean_kl = (kl * mask).sum().item() / len(items)
         state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())

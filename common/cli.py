@@ -35,7 +35,8 @@ def _flags_of(path: str, names: list[str]) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
-            raise UserError(f"--config {path}: no setting is called '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            hint = f"; did you mean '{near[0]}'?" if near else "; --help lists the settings"
+            raise UserError(f"--config {path}: no setting is called '{key}'{hint}")
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -92,7 +93,7 @@ def run(train, args_class, preset=None) -> None:
     except UserError as error:
         code, message = 2, f"{os.path.basename(sys.argv[0])}: error: {error}"
     except KeyboardInterrupt:
-        code, message = 130, f"{os.path.basename(sys.argv[0])}: interrupted; continue with --resume auto if it had saved"
+        code, message = 130, f"{os.path.basename(sys.argv[0])}: interrupted; --resume auto goes on from a checkpoint"
     except Exception:
         code, message = 1, traceback.format_exc()
     if code:

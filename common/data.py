@@ -1,4 +1,4 @@
-"""Rows from files and the Hub, prompts as token ids, the order of the data, and users' functions: found, called, checked."""
+"""Rows from files and the Hub, prompts as token ids, the order of the data; users' functions found, called, checked."""
 
 import csv
 import functools
@@ -18,7 +18,7 @@ from common.distributed import generator
 
 
 def read_rows(path: str, flag: str) -> list[dict]:
-    """The rows of a `.jsonl[.gz] .json .csv .parquet` file, or of the Hub data set `name:split` (split `train` if none).
+    """The rows of a `.jsonl[.gz] .json .csv .parquet` file, or of the Hub data set `name:split` (`train` if none).
 
     `flag` names the setting in messages. Raises UserError naming file and row for anything that cannot be read, for a
     row that is not an object, and for empty data.
@@ -36,7 +36,8 @@ def read_rows(path: str, flag: str) -> list[dict]:
                         if line.strip():
                             rows.append(json.loads(line))
                     except ValueError as error:
-                        raise UserError(f"{flag} {path}, line {number}: not valid JSON ({error}); write one object a line") from None
+                        where = f"{flag} {path}, line {number}"
+                        raise UserError(f"{where}: not valid JSON ({error}); write one object a line") from None
         elif lower.endswith(".json"):
             with _open(path) as file:
                 rows = json.load(file)
@@ -55,7 +56,7 @@ def read_rows(path: str, flag: str) -> list[dict]:
     except UserError:
         raise
     except Exception as error:  # each reader has its own set
-        hint = "" if is_file else "; a file needs the ending .jsonl, .json, .csv or .parquet, a Hub data set is name:split"
+        hint = "" if is_file else "; a file ends in .jsonl, .json, .csv or .parquet, a Hub data set is name:split"
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason[:200]}){hint}") from None
     if not isinstance(rows, list) or not rows:
@@ -67,7 +68,13 @@ def read_rows(path: str, flag: str) -> list[dict]:
 
 
 def _open(path: str):
-    return gzip.open(path, "rt", encoding="utf-8") if path.lower().endswith(".gz") else open(path, encoding="utf-8", newline="")
+    opener = gzip.open if path.lower().endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8", newline="")
+
+
+def _is_chat(prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(
+        isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
 
 
 def _short(value) -> str:
@@ -78,7 +85,7 @@ def _short(value) -> str:
 def prompt_rows(prompts: list, where: str) -> list[dict]:
     """Prompts as new rows `{"prompt", ...metadata}`; the caller's objects are not changed.
 
-    A prompt is a text, or a row whose column `prompt` (or, where there is none, `text`) is a text or a list of messages.
+    A prompt is a text, or a row whose column `prompt` (or, without one, `text`) is a text or a list of messages.
     Raises UserError naming `where` and the row.
     """
     if not len(prompts):
@@ -88,28 +95,30 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
         row = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
         if "prompt" not in row:
             if "text" not in row:
-                raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {', '.join(map(str, row)) or 'nothing'}")
+                columns = ", ".join(map(str, row)) or "nothing"
+                raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {columns}")
             row["prompt"] = row.pop("text")
-        messages = row["prompt"]
-        is_chat = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
-        if not isinstance(messages, str) and not is_chat:
-            raise UserError(f"{where}, row {number}: the prompt must be a text or a list of messages, not {_short(messages)}")
+        prompt = row["prompt"]
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise UserError(f"{where}, row {number}: a prompt is a text or a list of messages, not {_short(prompt)}")
         rows.append(row)
     columns = set().union(*rows) if len({frozenset(row) for row in rows}) > 1 else set()
     return [dict.fromkeys(columns) | row for row in rows]  # every row has every column, None where it was missing
 
 
-def encode_prompts(rows: list[dict], tokenizer, room: int, side: str, seq2seq: bool) -> tuple[list[list[int]], list[bool]]:
+def encode_prompts(
+    rows: list[dict], tokenizer, room: int, side: str, seq2seq: bool
+) -> tuple[list[list[int]], list[bool]]:
     """Token ids of each row's prompt, at most `room` of them, and which prompts were cut, on `side`.
 
-    The tokenizer's own special tokens are added (Llama's BOS, T5's EOS), but no end token in front of a causal output. A
-    list of messages goes through the chat template. An empty prompt becomes the BOS token.
+    The tokenizer's own special tokens are added (Llama's BOS, T5's EOS), but no end token in front of a causal output.
+    A list of messages goes through the chat template. An empty prompt becomes the BOS token.
     """
     ids, cut = [], []
     for row in rows:
         if isinstance(row["prompt"], str):
-            tokens = tokenizer(row["prompt"])["input_ids"]
-            if not seq2seq and tokens[-1:] == [tokenizer.eos_token_id] and not row["prompt"].endswith(tokenizer.eos_token):
+            tokens, eos = tokenizer(row["prompt"])["input_ids"], tokenizer.eos_token
+            if not seq2seq and tokens[-1:] == [tokenizer.eos_token_id] and not row["prompt"].endswith(eos):
                 tokens = tokens[:-1]
         else:
             chat = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
@@ -119,7 +128,7 @@ def encode_prompts(rows: list[dict], tokenizer, room: int, side: str, seq2seq: b
         if not tokens:
             start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             if start is None:
-                raise UserError("a prompt is empty and the tokenizer has no BOS or EOS token to start from: remove empty prompts")
+                raise UserError("a prompt is empty and the tokenizer has no BOS or EOS: remove empty prompts")
             tokens = [start]
         ids.append(list(tokens))
     return ids, cut
@@ -173,7 +182,7 @@ def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     if not isinstance(scores, (list, tuple)) or len(scores) != len(lengths):
         what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
-        raise UserError(f"the reward function returned {what} for {len(lengths)} samples; return a list with one entry each")
+        raise UserError(f"the reward function returned {what} for {len(lengths)} samples: return a list, one each")
     checked = []
     for number, (score, length) in enumerate(zip(scores, lengths)):
         score = score.tolist() if hasattr(score, "tolist") else score
@@ -181,8 +190,10 @@ def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
         for value in score if dense else [score]:
             numeric = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
             if not numeric or not math.isfinite(value):
-                raise UserError(f"the reward function returned {_short(value)} for sample {number}; return finite numbers")
+                what = f"{_short(value)} for sample {number}"
+                raise UserError(f"the reward function returned {what}: it must be a finite number")
         if dense and not 0 < len(score) <= length:
-            raise UserError(f"the reward function returned {len(score)} token rewards for sample {number}, whose output has {length} tokens")
+            what = f"{len(score)} token rewards for sample {number}"
+            raise UserError(f"the reward function returned {what}, whose output has {length} tokens")
         checked.append([float(value) for value in score] if dense else float(score))
     return checked

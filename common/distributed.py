@@ -12,8 +12,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from common.cli import UserError
 
@@ -40,7 +46,7 @@ def generator(*keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1))
 
 
-# --- rows over ranks ---------------------------------------------------------------------------------------------------
+# --- rows over ranks --------------------------------------------------------------------------------------------------
 
 
 def rank_rows(count: int) -> tuple[list[int], list[bool]]:
@@ -68,7 +74,7 @@ def broadcast(value):
     return box[0]
 
 
-# --- FSDP2 -------------------------------------------------------------------------------------------------------------
+# --- FSDP2 ------------------------------------------------------------------------------------------------------------
 
 
 def block_lists(module: nn.Module) -> list[nn.ModuleList]:
@@ -79,9 +85,18 @@ def block_lists(module: nn.Module) -> list[nn.ModuleList]:
     return lists
 
 
-def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, *, fp32: list[nn.Module] = (), shard_size: int | None = None,
-          offload: bool = False, methods: tuple[str, ...] = ()) -> None:
-    """Shard `model` in place with FSDP2: one group a block, one a module of `fp32`, the rest (tied weights) in the root.
+def shard(
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fp32: list[nn.Module] = (),
+    shard_size: int | None = None,
+    offload: bool = False,
+    methods: tuple[str, ...] = (),
+) -> None:
+    """Shard `model` in place with FSDP2: a group for each block, one for each module of `fp32`, the root for the rest
+    (embeddings, head, tied weights).
 
     dtype: what the parameters are gathered and used in; master weights, reductions and the `fp32` modules stay float32.
     shard_size: ranks that share one copy of the weights (hybrid sharding); all ranks by default.
@@ -120,7 +135,7 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, *, fp32: l
 def unsharded(model: nn.Module, keep_sharded: bool = False):
     """Hold all of a sharded model's parameters gathered, so that a rollout gathers once and not once a token.
 
-    Inside, ranks need not make the same calls. With keep_sharded nothing is held (the model does not fit), and they must.
+    Inside, ranks need not make the same calls. With keep_sharded nothing is held (it would not fit), and they must.
     """
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)] if not keep_sharded else []
     for module in groups:
@@ -131,7 +146,8 @@ def unsharded(model: nn.Module, keep_sharded: bool = False):
     finally:
         for module in groups:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)  # a root stays gathered for its backward
+            # FSDP's own default: a root stays gathered from its forward to its backward
+            module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -144,7 +160,7 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -164,8 +180,8 @@ def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
     """Write trained weights, optimizer, random states and the loop's `state` (JSON values) to the folder `path`.
 
     Frozen weights are not written: they are those of the model that the run starts from. All files go to a temporary
-    folder that is renamed at the end, so that a folder called `path` is always whole. Weights are safetensors. Beside it,
-    only the newest `keep` checkpoints stay.
+    folder that is renamed at the end, so that a folder called `path` is always whole. Weights are safetensors. Beside
+    it, only the newest `keep` checkpoints stay.
     """
     if dist.get_rank() == 0:
         shutil.rmtree(path + ".tmp", ignore_errors=True)
@@ -174,7 +190,8 @@ def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
     writer = dcp.HuggingFaceStorageWriter(path + ".tmp", save_distributed=True)
     dcp.save(_tensors(model, optimizer), storage_writer=writer)
     version, words, *numbers = np.random.get_state()
-    rng = {"torch": torch.get_rng_state().tolist(), "python": random.getstate(), "numpy": [version, words.tolist(), *numbers]}
+    rng = {"torch": torch.get_rng_state().tolist(), "python": random.getstate()}
+    rng["numpy"] = [version, words.tolist(), *numbers]
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state().tolist()
     with open(f"{path}.tmp/random-{dist.get_rank()}.json", "w") as file:
@@ -202,7 +219,7 @@ def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
         dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path))
     except (OSError, ValueError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--resume {path}: not a whole checkpoint of this model ({reason}); choose another one") from None
+        raise UserError(f"--resume {path}: not a whole checkpoint of this model ({reason}); choose another") from None
     random_file = f"{path}/random-{dist.get_rank()}.json"
     if os.path.exists(random_file):  # absent for ranks that the saving run did not have
         with open(random_file) as file:

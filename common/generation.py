@@ -29,7 +29,7 @@ def noise(generator: torch.Generator, count: int, max_new_tokens: int) -> torch.
 
 
 def pick(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """Sample token ids (B,) from log-probs (B, V) with one uniform number (B,) each, by inverting the distribution function.
+    """Sample token ids (B,) from log-probs (B, V), with one uniform number each (B,), by inverting the distribution.
 
     top_k keeps the k most likely tokens (ties with the k-th too), top_p the fewest that together have probability top_p
     (arXiv 1904.09751).
@@ -128,8 +128,18 @@ def generate(
     return result
 
 
-def sample_texts(model: LanguageModel, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, rules: LogitRules, *,
-                 batch_size: int, stop_sequences: list[str] = (), keep_sharded: bool = False, **options) -> list[dict]:
+def sample_texts(
+    model: LanguageModel,
+    tokenizer,
+    prompts: list[list[int]],
+    uniforms: torch.Tensor,
+    rules: LogitRules,
+    *,
+    batch_size: int,
+    stop_sequences: list[str] = (),
+    keep_sharded: bool = False,
+    **options,
+) -> list[dict]:
     """`generate` over all ranks: each samples its share of the prompts, in batches; all return all, in order.
 
     Returns for each prompt a dict of tokens, logprobs and finished (see `Generation`) and the texts prompt, output (cut
@@ -141,7 +151,8 @@ def sample_texts(model: LanguageModel, tokenizer, prompts: list[list[int]], unif
     with unsharded(model, keep_sharded):
         for start in range(0, len(mine), batch_size):
             chunk = mine[start : start + batch_size]
-            out = generate(model, [prompts[row] for row in chunk], uniforms[chunk], rules, stop=stop, synced=keep_sharded, **options)
+            texts = [prompts[row] for row in chunk]
+            out = generate(model, texts, uniforms[chunk], rules, stop=stop, synced=keep_sharded, **options)
             items += [dict(tokens=t, logprobs=p, finished=f) for t, p, f in zip(out.tokens, out.logprobs, out.finished)]
     for row, item in zip(mine, items):
         prompt, output = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompts[row], item["tokens"]))

@@ -22,49 +22,52 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def open_run(args, name: str, same: tuple[str, ...]) -> tuple[str, str | None]:
+def open_run(args, name: str, free: tuple[str, ...]) -> tuple[str, str | None]:
     """Choose and create the run directory, write `args.yaml`; return it and the checkpoint to resume from, if any.
 
-    Without `--output-dir` it is `runs/NAME`, with -2, -3, ... where that is taken. `--resume auto` takes the directory's
-    newest checkpoint, `--resume PATH` that one, and each must come from a run with equal settings, save those in `same`.
+    Without `--output-dir` it is `runs/NAME`, with -2, -3, ... where that is taken. `--resume auto` takes the newest
+    checkpoint of the directory, `--resume PATH` that one; it must be of a run with equal settings but for those `free`.
     Raises UserError for a directory that cannot be written or that holds another run.
     """
     answer = None
     if dist.get_rank() == 0:
         try:
-            answer = _open_run(args, name, same)
-        except (UserError, OSError) as error:
-            answer = error if isinstance(error, UserError) else UserError(f"--output-dir {error.filename}: {error.strerror}; choose a folder that can be written")
+            answer = _open_run(args, name, free)
+        except UserError as error:
+            answer = error
+        except OSError as error:
+            answer = UserError(f"--output-dir {error.filename}: {error.strerror}; choose a folder that can be written")
     answer = broadcast(answer)
     if isinstance(answer, UserError):
         raise answer
     return answer
 
 
-def _open_run(args, name, same):
+def _open_run(args, name, free):
     base = args.output_dir or os.path.join("runs", name)
     checkpoint = None if args.resume in (None, "auto") else args.resume.rstrip("/")
     if checkpoint:
         folder = args.output_dir or os.path.dirname(os.path.dirname(os.path.abspath(checkpoint)))
     else:
-        taken = [folder for folder in [base, *(f"{base}-{n}" for n in range(2, 1000))] if os.path.exists(f"{folder}/args.yaml")]
-        taken = [folder for folder in taken if not args.output_dir or folder == base]
+        names = [base] if args.output_dir else [base, *(f"{base}-{n}" for n in range(2, 10000))]
+        taken = [folder for folder in names if os.path.exists(f"{folder}/args.yaml")]
         if args.resume:
             found = [path for folder in taken for path in checkpoints(f"{folder}/checkpoints")[-1:]]
             if not found:
-                raise UserError(f"--resume auto: no checkpoint below {base}; name one, or start without --resume and with --save-every")
+                raise UserError(f"--resume auto: no checkpoint in {base}; start without --resume and with --save-every")
             checkpoint, folder = found[-1], os.path.dirname(os.path.dirname(found[-1]))
         elif args.output_dir and taken:
-            raise UserError(f"--output-dir {base}: holds a run already; go on with --resume auto, or choose another folder")
+            raise UserError(f"--output-dir {base}: holds a run already; add --resume auto, or choose another folder")
         else:
-            folder = next(f for f in [base, *(f"{base}-{n}" for n in range(2, 1000))] if f not in taken)
+            folder = next(folder for folder in names if folder not in taken)
     settings = dataclasses.asdict(args)
     if checkpoint:
         before = read_state(checkpoint)["args"]
-        changed = [key for key in settings if key not in same and json.loads(json.dumps(settings[key])) != before.get(key)]
-        if changed:
-            key = changed[0]
-            raise UserError(f"--resume {checkpoint}: is of another run: its --{key.replace('_', '-')} was {before.get(key)}, not {settings[key]}")
+        for key in settings:
+            if key not in free and settings[key] != before.get(key):
+                flag = f"--{key.replace('_', '-')}"
+                raise UserError(f"--resume {checkpoint}: is of another run: its {flag} was {before.get(key)}, "
+                                f"not {settings[key]}")
     os.makedirs(f"{folder}/checkpoints", exist_ok=True)
     with open(f"{folder}/args.yaml", "w") as file:
         yaml.safe_dump(settings, file, sort_keys=False)
@@ -83,17 +86,22 @@ class RunLog:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = os.path.join(folder, name)
-            lines = [line for line in open(path) if step and line.endswith("\n") and json.loads(line)["step"] <= step] if os.path.exists(path) else []
+            lines = []
+            if step and os.path.exists(path):
+                with open(path) as file:
+                    lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
             with open(path, "w") as file:
                 file.writelines(lines)
             if name == "metrics.jsonl" and lines:
                 self.start -= json.loads(lines[-1])["seconds"]
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False,
+                        disable=not sys.stderr.isatty())
         if track:
             import wandb
 
-            self.wandb = wandb.init(project=os.environ.get("WANDB_PROJECT", "plainrl"), name=os.path.basename(folder), dir=folder,
-                                    config=dataclasses.asdict(args), id=None, resume="allow")
+            project = os.environ.get("WANDB_PROJECT", "plainrl")
+            self.wandb = wandb.init(project=project, name=os.path.basename(folder), dir=folder,
+                                    config=dataclasses.asdict(args))
 
     def metrics(self, step: int, values: dict[str, float], show: tuple[str, ...] = ()) -> None:
         """Append one line to metrics.jsonl and show the metrics named in `show` on the progress line."""
@@ -119,7 +127,8 @@ class RunLog:
         if self.wandb:
             import wandb
 
-            self.wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])}, step=step)
+            values = [list(row.values()) for row in rows]
+            self.wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=values)}, step=step)
 
     def close(self) -> None:
         """End the progress line and the wandb run."""
@@ -133,15 +142,21 @@ def table(title: str, rows: list[dict]) -> str:
     """Rows as a plain text table that fits the terminal: numbers as they are, texts share what is left and are cut."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 140)
     names = list(rows[0])
-    cells = [[f"{row[name]:.3f}" if isinstance(row[name], float) else " ".join(str(row[name]).split()) for name in names] for row in rows]
+
+    def text(value):
+        return f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
+
+    cells = [[text(row[name]) for name in names] for row in rows]
     need = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     texts = [i for i in range(len(names)) if isinstance(rows[0][names[i]], str)]
     spare = width - 2 * (len(names) - 1) - sum(need[i] for i in range(len(names)) if i not in texts)
     for done, i in enumerate(sorted(texts, key=lambda i: need[i])):
         need[i] = min(need[i], max(8, spare // (len(texts) - done)))
         spare -= need[i]
-    def cut(text, size):
-        return text if len(text) <= size else text[: size - 1] + "…"
-    lines = ["  ".join(cut(cell, size).ljust(size) if i in texts else cell.rjust(size) for i, (cell, size) in enumerate(zip(line, need))).rstrip()
-             for line in [names, *cells]]
+
+    def fit(i, cell):
+        cell = cell if len(cell) <= need[i] else cell[: need[i] - 1] + "…"
+        return cell.ljust(need[i]) if i in texts else cell.rjust(need[i])
+
+    lines = ["  ".join(fit(i, cell) for i, cell in enumerate(line)).rstrip() for line in [names, *cells]]
     return "\n".join([title, lines[0], "-" * min(width, max(map(len, lines))), *lines[1:]])

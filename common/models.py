@@ -18,7 +18,14 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from common.cli import UserError
@@ -28,17 +35,17 @@ transformers.logging.disable_progress_bar()  # the run has its own
 CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str):
-    """The tokenizer at a path or hub id. Its pad token may be missing or equal to EOS: nothing is inferred from pad ids."""
+    """The tokenizer at a path or hub id. Its pad token may be missing or equal to EOS: nothing is inferred from ids."""
     with _readable("--model or --tokenizer", path):
         return AutoTokenizer.from_pretrained(path)
 
 
 def load_lm(path: str) -> PreTrainedModel:
-    """The causal or encoder-decoder LM at a path or hub id, in float32 and for good in eval mode: dropout never acts."""
+    """The causal or encoder-decoder LM at a path or hub id, in float32, and in eval mode for good: no dropout."""
     with _readable("--model", path):
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -51,19 +58,23 @@ def _readable(flag: str, path: str):
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        folder = "the folder holds nothing that transformers can load" if os.path.isdir(path) else "no such folder, and no hub model of that name can be reached"
-        raise UserError(f"{flag} {path}: {folder} ({str(error).strip().splitlines()[0][:160]})") from None
+        what = "no such folder, and no hub model of that name can be reached"
+        if os.path.isdir(path):
+            what = "the folder holds nothing that transformers can load"
+        raise UserError(f"{flag} {path}: {what} ({str(error).strip().splitlines()[0][:160]})") from None
 
 
 def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[list[str]], list[float]]:
-    """A sequence-classification model, with its own tokenizer, as a function from texts to scores: the probability of the
-    label POSITIVE (else of label 1 of 2), or the bare output of a model that has only one, as reward models do."""
+    """A sequence-classification model, with its own tokenizer, as a function from texts to scores: the probability of
+    the label POSITIVE (else of label 1 of 2), or the bare output of a model that has only one, as reward models do."""
     with _readable(flag, path):
-        classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True, batch_size=batch_size)
+        classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True,
+                            batch_size=batch_size)
     labels = classify.model.config.id2label
-    positive = next((label for label in labels.values() if label.upper() == "POSITIVE"), labels[min(1, len(labels) - 1)])
-    if len(labels) > 2 and positive.upper() != "POSITIVE":
-        raise UserError(f"{flag} {path}: has {len(labels)} labels and none is POSITIVE; write a function around it instead")
+    named = [label for label in labels.values() if label.upper() == "POSITIVE"]
+    positive = named[0] if named else labels[min(1, len(labels) - 1)]
+    if len(labels) > 2 and not named:
+        raise UserError(f"{flag} {path}: has {len(labels)} labels, none of them POSITIVE; write a function around it")
 
     def score(texts: list[str]) -> list[float]:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
@@ -75,7 +86,7 @@ def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[
 
 
 def add_lora(lm: PreTrainedModel, rank: int, alpha: float):
-    """Freeze `lm`, add LoRA adapters (arXiv 2106.09685) to every linear layer of its blocks in place, return peft's wrapper."""
+    """Freeze `lm`, add LoRA adapters (arXiv 2106.09685) to all linear layers of its blocks, return peft's wrapper."""
     from peft import LoraConfig, get_peft_model
 
     task = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
@@ -86,7 +97,10 @@ def checkpoint_blocks(lm: nn.Module) -> None:
     """Gradient checkpointing: recompute each block's inside in the backward instead of keeping it."""
     for block in (block for blocks in block_lists(lm) for block in blocks):
         def forward(*args, _inner=block.forward, **kwargs):
-            return checkpoint(_inner, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else _inner(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return _inner(*args, **kwargs)
+            return checkpoint(_inner, *args, use_reentrant=False, **kwargs)
+
         block.forward = forward
 
 
@@ -118,7 +132,7 @@ def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
     dist.barrier()
 
 
-# --- from logits to the policy -----------------------------------------------------------------------------------------
+# --- from logits to the policy ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,11 +149,12 @@ class LogitRules:
     """(V, V) bool, [i, j]: token j must not follow token i"""
 
     def __call__(self, logits: torch.Tensor, previous: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """logits (N, V), previous (N,) the token before each, index (N,) its place in the output -> fp32 logits (N, V)."""
+        """logits (N, V), previous (N,) the token before, index (N,) the place in the output -> fp32 logits (N, V)."""
         logits = logits.float() / (self.temperature or 1.0)
         if self.logit_mask is not None:
             forbidden = self.logit_mask.to(logits.device)[previous]
-            logits = logits.masked_fill(nn.functional.pad(forbidden, (0, logits.shape[1] - forbidden.shape[1])), -torch.inf)
+            forbidden = nn.functional.pad(forbidden, (0, logits.shape[1] - forbidden.shape[1]))
+            logits = logits.masked_fill(forbidden, -torch.inf)
         if self.min_new_tokens and self.eos_ids:
             early = torch.zeros_like(logits, dtype=torch.bool)
             early[:, list(self.eos_ids)] = (index < self.min_new_tokens)[:, None]
@@ -147,7 +162,7 @@ class LogitRules:
         return logits
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def pad_rows(rows: list[list], fill, left: bool = False, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +175,9 @@ def pad_rows(rows: list[list], fill, left: bool = False, **options) -> tuple[tor
     return torch.tensor(values, **options).reshape(len(rows), width), mask
 
 
-def collate(prompts: list[list[int]], responses: list[list[int]], start_id: int | None, device: torch.device) -> dict[str, torch.Tensor]:
+def collate(
+    prompts: list[list[int]], responses: list[list[int]], start_id: int | None, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Token-id lists as inputs of `LanguageModel.forward`: right-padded, with masks made from lengths alone.
 
     Causal models (start_id None): ids = prompt + response. Encoder-decoder models: the prompt goes to the encoder and
@@ -168,7 +185,8 @@ def collate(prompts: list[list[int]], responses: list[list[int]], start_id: int 
     """
     heads = prompts if start_id is None else [[start_id]] * len(prompts)
     ids, mask = pad_rows([head + response for head, response in zip(heads, responses)], 0)
-    scored, _ = pad_rows([[False] * len(head) + [True] * len(response) for head, response in zip(heads, responses)], False)
+    marks = [[False] * len(head) + [True] * len(response) for head, response in zip(heads, responses)]
+    scored, _ = pad_rows(marks, False)
     batch = {"ids": ids, "mask": mask, "scored": scored}
     if start_id is not None:
         batch["encoder_ids"], batch["encoder_mask"] = pad_rows(prompts, 0)
@@ -180,11 +198,11 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 class _Given(nn.Module):
-    """Stands in for a trunk: returns the hidden states it is given, so that a model's forward computes its head alone."""
+    """Stands in for a trunk: returns the hidden states it is given, so that a model's forward runs its head alone."""
 
     def forward(self, *_, inputs_embeds=None, **__):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
@@ -229,7 +247,7 @@ class LanguageModel(nn.Module):
         self.start_id = lm.config.decoder_start_token_id if self.seq2seq else None
         trunk = trunk_of(lm)
         if trunk is lm or lm.get_output_embeddings() is None:
-            raise UserError(f"{type(lm).__name__} is not a language model with a trunk and a head apart: it cannot be trained here")
+            raise UserError(f"{type(lm).__name__} has no trunk apart from a language-model head: it cannot be trained")
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
         self._head = (_replaced(lm, trunk, _Given()),)  # in a tuple, or its parameters would be registered twice
 
@@ -268,7 +286,9 @@ class LanguageModel(nn.Module):
             entropy = torch.special.entr(logprobs.exp()).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
-    def forward(self, ids, mask, scored, encoder_ids=None, encoder_mask=None, rules: LogitRules = LogitRules()) -> dict[str, torch.Tensor]:
+    def forward(
+        self, ids, mask, scored, encoder_ids=None, encoder_mask=None, rules: LogitRules = LogitRules()
+    ) -> dict[str, torch.Tensor]:
         """Score the tokens marked in `scored` given all before them (see `collate`).
 
         ids, mask, scored (B, T); encoder_ids, encoder_mask (B, P). Returns flat tensors over the N scored tokens in row
@@ -281,7 +301,8 @@ class LanguageModel(nn.Module):
         rows, columns = scored[:, 1:].nonzero(as_tuple=True)
         index = (scored.long().cumsum(1) - 1)[rows, columns + 1]
         states, previous, targets = hidden[rows, columns], ids[rows, columns], ids[rows, columns + 1]
-        pieces = [piece.split(max(1, CHUNK // self.lm.config.get_text_config().vocab_size)) for piece in (states, targets, previous, index)]
+        size = max(1, CHUNK // self.lm.get_output_embeddings().weight.shape[0])
+        pieces = [piece.split(size) for piece in (states, targets, previous, index)]
         if len(pieces[0]) > 1 and torch.is_grad_enabled():
             parts = [checkpoint(self._score, *part, rules, use_reentrant=False) for part in zip(*pieces)]
         else:
@@ -299,7 +320,7 @@ class LanguageModel(nn.Module):
     def decode(self, ids, mask, cache=None, encoder_states=None, encoder_mask=None):
         """One step of generation: logits (B, V), hidden state (B, H) of the last position, and the key-value cache.
 
-        ids (B, t) new tokens; mask (B, cached + t), or None for an encoder-decoder model, whose outputs all start alike.
+        ids (B, t) new tokens; mask (B, cached + t), None for an encoder-decoder model, whose outputs all start alike.
         """
         hidden, cache = self._states(trunk_of(self.lm), ids, mask, encoder_states, encoder_mask, cache, use_cache=True)
         return self.logits(hidden[:, -1]), hidden[:, -1], cache
@@ -311,7 +332,7 @@ def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **op
     return model
 
 
-# --- copies of the top blocks, references ------------------------------------------------------------------------------
+# --- copies of the top blocks, references -----------------------------------------------------------------------------
 
 
 class Replay(nn.Module):
@@ -353,7 +374,8 @@ def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.
     blocks = max(block_lists(trunk), key=len)
     cut = len(blocks) - layers
     if not 0 < cut < len(blocks):
-        raise UserError(f"{layers} top layers of a model with {len(blocks)}: choose 1 to {len(blocks) - 1}, or -1 for all")
+        raise UserError(f"--num-layers-unfrozen or --num-value-layers {layers}: the model has {len(blocks)} layers, "
+                        f"so choose 1 to {len(blocks) - 1}")
     memo, replays = {}, [Replay(detach)]
     sources = [blocks[cut - 1]]
     memo.update({id(block): replays[0] for block in blocks[:cut]})  # deepcopy finds these already "copied"
@@ -361,10 +383,10 @@ def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.
         sources.append(lm.get_encoder())
         replays.append(Replay(detach))
         memo[id(sources[1])] = replays[1]
-    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    if not (whole and tied):
+    embedded = lm.get_input_embeddings().weight
+    if not (whole and lm.get_output_embeddings().weight is embedded):
         for module in trunk.modules():
-            if module is lm.get_input_embeddings() or (isinstance(module, nn.Embedding) and module.weight is lm.get_input_embeddings().weight):
+            if isinstance(module, nn.Embedding) and module.weight is embedded:
                 memo[id(module)] = _NoEmbedding(module)
     twin = copy.deepcopy(lm if whole else trunk, memo)
     for module in twin.modules():
@@ -375,7 +397,7 @@ def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.
 
 
 def freeze_below(lm: PreTrainedModel, twin: PreTrainedModel) -> None:
-    """Freeze in `lm` all that lies below the cut of its `top_copy`: what no gradient of the copy reaches, and embeddings."""
+    """Freeze in `lm` all below the cut of its `top_copy`: what no gradient of the copy reaches, and the embeddings."""
     start = lm.config.decoder_start_token_id if lm.config.is_encoder_decoder else None
     batch = collate([[0, 1]], [[1, 0]], start, next(lm.parameters()).device)
     with torch.no_grad():

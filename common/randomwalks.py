@@ -31,7 +31,7 @@ class RandomWalks:
         return sorted(self.shortest)
 
     def length(self, walk: str) -> int | None:
-        """Nodes from the start of `walk` to its first visit of the goal; None if it takes a missing edge or never arrives."""
+        """Nodes of `walk` up to its first visit of the goal; None if it takes a missing edge or never arrives."""
         nodes = [LETTERS.find(letter) for letter in walk]
         for i, node in enumerate(nodes):
             if not 0 <= node < len(self.adjacency) or (i and not self.adjacency[nodes[i - 1], node]):
@@ -41,7 +41,7 @@ class RandomWalks:
         return None
 
     def metric(self, samples: list[str], **_) -> dict[str, list[float]]:
-        """Of each sample: optimality, 1 for a shortest path and 0 for one of max_length nodes or an invalid one; invalid, 0 or 1."""
+        """Of each sample: optimality, 1 for a shortest path, 0 for max_length nodes or an invalid one; and invalid."""
         optimality, invalid = [], []
         for sample in samples:
             length = self.length(sample)
@@ -55,7 +55,9 @@ class RandomWalks:
         return self.metric(samples)["optimality"]
 
 
-def random_walks(seed: int, nodes: int = 21, max_length: int = 10, count: int = 1000, edge_probability: float = 0.1) -> RandomWalks:
+def random_walks(
+    seed: int, nodes: int = 21, max_length: int = 10, count: int = 1000, edge_probability: float = 0.1
+) -> RandomWalks:
     """Draw a graph and `count` walks. Graphs are drawn again until every node has an edge and the goal can be reached
     from every node in fewer than max_length nodes (trlX accepts graphs where it cannot, and divides by zero)."""
     rng = np.random.RandomState(seed)
@@ -95,7 +97,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False, model_max_length=32)
 
 
-def cloned_walker(walks: RandomWalks, seed: int, epochs: int = 8, batch_size: int = 50, learning_rate: float = 1e-3) -> GPT2LMHeadModel:
+def cloned_walker(
+    walks: RandomWalks, seed: int, epochs: int = 8, batch_size: int = 50, learning_rate: float = 1e-3
+) -> GPT2LMHeadModel:
     """A 6-layer, 144-wide GPT-2 fitted to the walks: the behaviour-cloned start of the task (1.5 million parameters).
 
     Next-token cross-entropy over whole walks with their end token; the learning rate falls linearly to 0. About ten
@@ -103,9 +107,11 @@ def cloned_walker(walks: RandomWalks, seed: int, epochs: int = 8, batch_size: in
     """
     codec = tokenizer()
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(codec), n_positions=32, n_embd=144, n_layer=6, n_head=12, activation_function="gelu_pytorch_tanh",
-        bos_token_id=codec.bos_token_id, eos_token_id=codec.eos_token_id, pad_token_id=codec.pad_token_id)).eval()
+    config = GPT2Config(
+        vocab_size=len(codec), n_positions=32, n_embd=144, n_layer=6, n_head=12,
+        activation_function="gelu_pytorch_tanh", bos_token_id=codec.bos_token_id, eos_token_id=codec.eos_token_id,
+        pad_token_id=codec.pad_token_id)
+    model = GPT2LMHeadModel(config).eval()
     ids = codec([walk + codec.eos_token for walk in walks.walks], padding=True, return_tensors="pt")
     batches = [rows for _ in range(epochs) for rows in torch.randperm(len(walks.walks)).split(batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
