@@ -105,5 +105,9 @@ def run(train, args_class, preset=None) -> None:
         print((f"[rank {rank}] " if rank else "") + message, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # Without Python's own teardown: in torch 2.13 threads of gloo that outlive it abort some of the exits
+        dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)

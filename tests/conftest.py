@@ -1,4 +1,4 @@
-"""Tiny random models of every kind of architecture, tokenizers made here, and helpers that run scripts as a user does."""
+"""Tiny random models of every kind of architecture, tokenizers made here, and scripts run as a user runs them."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ ARCHITECTURES = list(CONFIGS)
 
 
 def tiny_lm(architecture: str, seed: int = 0):
-    """A random LM of 3 layers, width 32 and 61 tokens, with weights large enough that its outputs differ between inputs."""
+    """A random LM of 3 layers, width 32 and 61 tokens, its weights large enough that outputs differ between inputs."""
     config = CONFIGS[architecture]
     torch.manual_seed(seed)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
@@ -72,7 +72,8 @@ def bpe_tokenizer(texts: list[str], size: int = 60):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|endoftext|>"]))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>",
+                                                eos_token="<|endoftext|>")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,8 +99,8 @@ def model_path(tmp_path_factory):
     return path
 
 
-def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **environment) -> subprocess.CompletedProcess:
-    """Run `python WORDS`, or `torchrun --nproc_per_node PROCESSES WORDS`, one thread a process, offline, and wait for it."""
+def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **environment):
+    """Run `python WORDS`, or `torchrun --nproc_per_node PROCESSES WORDS`, one thread each, offline; a CompletedProcess."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d",
