@@ -10,6 +10,7 @@ import copy
 import inspect
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from transformers import (
     pipeline,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
 from common.distributed import block_lists, full_state_dict, shard
@@ -90,7 +92,12 @@ def add_lora(lm: PreTrainedModel, rank: int, alpha: float):
     from peft import LoraConfig, get_peft_model
 
     task = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
-    return get_peft_model(lm, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task)).eval()
+    transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's linear layers
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task,
+                        fan_in_fan_out=transposed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+        return get_peft_model(lm, config).eval()
 
 
 def checkpoint_blocks(lm: nn.Module) -> None:
@@ -120,7 +127,9 @@ def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
             config = lora.peft_config["default"]
             plain = copy.deepcopy(config)
             plain.target_modules = "all-linear"
-            wrapper = get_peft_model(type(lm)(copy.deepcopy(lm.config)), plain)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                wrapper = get_peft_model(type(lm)(copy.deepcopy(lm.config)), plain)
             wrapper.base_model.model.load_state_dict(state)
             wrapper.save_pretrained(folder + ".tmp/adapter", state_dict=get_peft_model_state_dict(wrapper))
             lm = wrapper.merge_and_unload()

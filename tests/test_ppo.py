@@ -1,0 +1,458 @@
+"""ppo.py as its users run it: from Python on tiny models, and as a command on one and two processes."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, char_tokenizer, run_script, tiny_lm
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import ppo
+from common.cli import UserError
+from common.models import load_lm
+
+TINY = dict(total_episodes=16, rollout_batch_size=8, batch_size=4, micro_batch_size=4, max_length=32, max_new_tokens=6,
+            eval_every=100, num_eval_prompts=4, learning_rate=1e-3)
+TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+PROMPTS = ["ab", "The cat", "hello ", "x", "some words here"]
+
+
+def letters(samples, outputs, **_):
+    """A reward for capital letters that no two tiny models score alike."""
+    return [sum(ord(letter) % 7 for letter in output) / 10 for output in outputs]
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+
+
+def numbers(row: dict) -> dict:
+    """What must be equal between two equal runs: everything but the clock."""
+    return {name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"}
+
+
+# --- what every run must show -----------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "gpt2": dict(),
+    "gpt2 hydra": dict(num_layers_unfrozen=1),
+    "gpt2 value branch": dict(num_value_layers=1),
+    "gpt2 lora": dict(lora_rank=4),
+    "gpt2 checkpointed": dict(gradient_checkpointing=True),
+    "gpt2 temperature": dict(temperature=0.7, min_new_tokens=3),
+    "gpt2 keep_sharded": dict(keep_sharded=True),
+    "gpt2 bfloat16": dict(dtype="bfloat16"),
+    "gpt_neox hydra": dict(num_layers_unfrozen=2),
+    "opt hydra": dict(num_layers_unfrozen=1),
+    "llama hydra branch": dict(num_layers_unfrozen=1, num_value_layers=2),
+    "llama lora": dict(lora_rank=4),
+    "qwen3": dict(),
+    "gemma2 hydra": dict(num_layers_unfrozen=1),
+    "bloom hydra": dict(num_layers_unfrozen=1),
+    "t5": dict(),
+    "t5 hydra branch": dict(num_layers_unfrozen=1, num_value_layers=1),
+    "t5_v1_1 lora": dict(lora_rank=4),
+    "bart hydra": dict(num_layers_unfrozen=1),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contracts_hold_in_every_kind_of_run(variant, model_path, tmp_path):
+    """Ratio 1 at the first minibatch, reference equal to the policy at step 0, sampler equal to the training forward,
+    and the exported model loads in plain transformers with the logits of the returned one."""
+    architecture, flags = variant.split()[0], VARIANTS[variant]
+    args = ppo.Args(model=model_path(architecture), output_dir=str(tmp_path / "run"), **{**TINY, **flags})
+    model, tokenizer = ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    first, second = rows_of(tmp_path / "run")[1:]
+    tolerance = 0.15 if "bfloat16" in variant else 1e-4
+    assert first["policy/first_ratio_error"] < tolerance and second["policy/first_ratio_error"] < tolerance
+    assert abs(first["rollout/kl"]) < tolerance and abs(first["rollout/kl_k3"]) < tolerance
+    assert first["rollout/sampler_gap"] < tolerance and second["rollout/sampler_gap"] < tolerance
+    assert second["rollout/kl_k3"] > 1e-6, "the policy has not moved from its reference"
+    assert first["optim/grad_norm"] > 0
+    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path / "run" / "model").eval()
+    inputs = dict(input_ids=torch.tensor([[5, 6, 7]]))
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([[0, 4]])
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(again(**inputs).logits, load_lm(args.model)(**inputs).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token_id == tokenizer.eos_token_id
+    model.generate(inputs["input_ids"], attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+
+
+def test_run_directory(model_path, tmp_path):
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), save_every=1, keep_checkpoints=1,
+                    eval_temperature=[0.0, 1.0], eval_top_k=[3], **{**TINY, "eval_every": 1})
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS,
+              metric_fn=lambda outputs: {"chars": [len(output) for output in outputs], "constant": 3.0})
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "args.yaml").read_text())["learning_rate"] == 1e-3
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == [0, 1, 2] and [row["episodes"] for row in rows] == [0, 8, 16]
+    assert all(row["seconds"] > 0 for row in rows) and rows[2]["tokens"] > rows[1]["tokens"] > 0
+    for temperature in (0, 1):
+        for name in ("reward", "chars", "constant", "length"):
+            assert f"eval/{name}@temperature={temperature}" in rows[2]
+    assert rows[1]["eval/constant@temperature=1"] == 3.0
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * 2 * 4 and {"step", "option", "prompt", "output", "reward"} == set(samples[0])
+    assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-2"]
+    AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "best")
+    greedy = [sample["output"] for sample in samples if sample["step"] == 0 and sample["option"] == "@temperature=0"]
+    tokenizer, lm = char_tokenizer(), load_lm(args.model)
+    for prompt, output in zip(PROMPTS, greedy):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        expected = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        assert output == tokenizer.decode(expected[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+def test_metrics_are_those_of_the_readme(model_path, tmp_path):
+    """The README's table and the log hold the same names."""
+    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY), reward_fn=letters, prompts=PROMPTS)
+    logged = set().union(*rows_of(tmp_path / "run"))
+    documented = set(re.findall(r"^\| `([a-z_/0-9]+)`", (ROOT / "README.md").read_text(), re.M))
+    documented -= {"eval/optimality", "eval/invalid"}  # random walks only
+    assert logged == documented
+
+
+def test_the_reference_stays_and_the_penalty_is_paid(model_path, tmp_path):
+    """score - kl_coef * kl = the sum of the token rewards."""
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), kl_coef=0.3, **TINY)
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    for row in rows_of(tmp_path / "run")[1:]:
+        assert row["rollout/reward"] == pytest.approx(row["rollout/score"] - 0.3 * row["rollout/kl"], abs=1e-4)
+
+
+def test_user_objects_are_unchanged_and_metadata_reaches_the_function(model_path, tmp_path):
+    prompts = [{"prompt": prompt, "wanted": prompt[::-1]} for prompt in PROMPTS]
+    before, calls = json.dumps(prompts), []
+
+    def reward(samples, prompts, outputs, wanted, tokenizer, output_ids):
+        calls.append((prompts, wanted, samples, outputs))
+        assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in output_ids] == outputs
+        return [0.0] * len(samples)
+
+    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY), reward_fn=reward, prompts=prompts)
+    assert json.dumps(prompts) == before
+    for texts, wanted, samples, outputs in calls:
+        assert [text[::-1] for text in texts] == wanted
+        assert [text + output for text, output in zip(texts, outputs)] == samples
+
+
+def test_default_prompt_is_the_bos_token(model_path, tmp_path):
+    seen = []
+
+    def reward(prompts, samples):
+        seen.extend(prompts)
+        return [0.0] * len(samples)
+
+    args = ppo.Args(model=model_path("gpt2"), reward="length", output_dir=str(tmp_path / "run"), **TINY)
+    ppo.train(args, reward_fn=reward)
+    assert set(seen) == {""}
+
+
+def test_dense_rewards_train(model_path, tmp_path):
+    def reward(samples, output_ids):
+        return [[0.5 if token == 7 else 0.0 for token in ids] for ids in output_ids]
+
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), kl_coef=0.0,
+                    **{**TINY, "total_episodes": 640, "rollout_batch_size": 64, "batch_size": 32, "micro_batch_size": 32,
+                       "learning_rate": 5e-3})
+    ppo.train(args, reward_fn=reward, prompts=PROMPTS)
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["rollout/score"] > rows[1]["rollout/score"] + 0.5
+
+
+def test_reward_on_rank_0_sees_all_samples(model_path, tmp_path):
+    counts = []
+
+    def reward(samples):
+        counts.append(len(samples))
+        return [1.0] * len(samples)
+
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), reward_on="rank0", **TINY)
+    ppo.train(args, reward_fn=reward, prompts=PROMPTS)
+    assert set(counts) == {4, 8}
+
+
+def test_stop_sequences_end_outputs(model_path, tmp_path):
+    """The text is cut where the stop sequence begins; the tokens end with the one that completed it, and count as
+    finished, so the missing-EOS penalty spares them."""
+    seen = []
+
+    def reward(samples, outputs, output_ids, tokenizer):
+        seen.extend((output, tokenizer.decode(ids, skip_special_tokens=True)) for output, ids in zip(outputs, output_ids))
+        return [0.0] * len(samples)
+
+    stop = list("abcdefghijklm")
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
+    ppo.train(args, reward_fn=reward, prompts=PROMPTS, stop_sequences=stop)
+    assert any(len(output) < len(tokens) for output, tokens in seen)
+    for output, tokens in seen:
+        assert not set(output) & set(stop)
+        assert tokens in (output, *(output + letter for letter in stop))
+
+
+def test_logit_mask_is_obeyed_in_sampling_and_in_training(model_path, tmp_path):
+    """Token i may only be followed by tokens of the other parity; the sampler still agrees with the training forward."""
+    parity = torch.arange(61) % 2
+    mask = parity[:, None] == parity[None, :]
+    seen = []
+
+    def reward(samples, output_ids):
+        seen.extend(output_ids)
+        return [0.0] * len(samples)
+
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
+    ppo.train(args, reward_fn=reward, prompts=PROMPTS, logit_mask=mask)
+    assert all((a + b) % 2 for ids in seen for a, b in zip(ids, ids[1:]))
+    assert all(row["rollout/sampler_gap"] < 1e-4 for row in rows_of(tmp_path / "run")[1:])
+
+
+def test_long_prompts_are_cut_and_counted(model_path, tmp_path, capsys):
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **{**TINY, "max_length": 10})
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    assert "3 of 5 prompts" in capsys.readouterr().out
+    assert rows_of(tmp_path / "run")[1]["rollout/cut_prompts"] > 0
+
+
+def test_non_finite_gradient_stops_with_the_batch_saved(model_path, tmp_path, monkeypatch):
+    broken = lambda *inputs: (inputs[0].sum() * float("nan"), {})  # noqa: E731
+    monkeypatch.setattr(ppo, "policy_loss", broken)
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
+    with pytest.raises(UserError, match="step 0: the gradient is nan; its batch is in"):
+        ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    saved = torch.load(next((tmp_path / "run").glob("nonfinite*.pt")), weights_only=True)
+    assert len(saved["rows"]) == 4 and len(saved["responses"]) == 8
+
+
+def test_an_architecture_that_goes_wrong_is_refused_before_the_first_update(model_path, tmp_path, monkeypatch):
+    """A sampler that disagrees with the training forward, and a reference that is not the policy."""
+    monkeypatch.setattr("common.models.positions", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "a"), **TINY)
+    with pytest.raises(UserError, match="sampler's log-probs differ"):
+        ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    monkeypatch.undo()
+    other = str(tmp_path / "other")
+    tiny_lm("gpt2", seed=5).save_pretrained(other)
+    load = ppo.load_lm
+    loads = iter([args.model, other])
+    monkeypatch.setattr(ppo, "load_lm", lambda path: load(next(loads)))
+    with pytest.raises(UserError, match="reference differs from the untrained policy"):
+        ppo.train(ppo.Args(model=args.model, output_dir=str(tmp_path / "b"), **TINY), reward_fn=letters, prompts=PROMPTS)
+
+
+def test_adaptive_kl_follows_its_target(model_path, tmp_path):
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), kl_target=1e-9, kl_horizon=8, **TINY)
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    first, second = (row["rollout/kl_coef"] for row in rows_of(tmp_path / "run")[1:])
+    assert first == 0.05 and second == pytest.approx(0.05 * 0.8) or second == pytest.approx(0.05 * 1.2)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def straight_and_resumed(tmp_path, model, flags, monkeypatch, **options):
+    """Two equal runs, one of which is stopped after its checkpoint at step 2 of 4 and resumed."""
+    flags = {**TINY, "total_episodes": 32, "eval_every": 2, "save_every": 2, "keep_checkpoints": 9, **flags}
+    ppo.train(ppo.Args(model=model, output_dir=str(tmp_path / "a"), **flags), prompts=PROMPTS, **options)
+    stopped = ppo.Args(model=model, output_dir=str(tmp_path / "b"), max_steps=2, **flags)
+    ppo.train(stopped, prompts=PROMPTS, **options)
+    resumed = ppo.Args(model=model, output_dir=str(tmp_path / "b"), resume="auto", **flags)
+    ppo.train(resumed, prompts=PROMPTS, **options)
+    return tmp_path / "a", tmp_path / "b"
+
+
+@pytest.mark.parametrize("flags", [
+    dict(reward_scaling="running", kl_target=0.5, kl_horizon=50, warmup_steps=3), dict(num_layers_unfrozen=1, num_value_layers=1),
+    dict(lora_rank=2)], ids=["whole", "hydra", "lora"])
+def test_resume_is_exact(flags, model_path, tmp_path, monkeypatch):
+    """Every metric of every step, and every weight, to the last bit; with a reward function that draws random numbers."""
+    def reward(samples, outputs):
+        return [output.count("e") + torch.rand(()).item() for output in outputs]
+
+    a, b = straight_and_resumed(tmp_path, model_path("gpt2"), flags, monkeypatch, reward_fn=reward)
+    assert [numbers(row) for row in rows_of(a)] == [numbers(row) for row in rows_of(b)]
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+    left, right = load_lm(str(a / "model")).state_dict(), load_lm(str(b / "model")).state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(model_path, tmp_path):
+    flags = dict(model=model_path("gpt2"), save_every=1, **TINY)
+    run = tmp_path / "run"
+    ppo.train(ppo.Args(output_dir=str(run), **flags), reward_fn=letters, prompts=PROMPTS)
+    with pytest.raises(UserError, match="holds a run already"):
+        ppo.train(ppo.Args(output_dir=str(run), **flags), reward_fn=letters, prompts=PROMPTS)
+    with pytest.raises(UserError, match="another run: its --learning-rate was 0.001, not 0.5"):
+        ppo.train(ppo.Args(output_dir=str(run), resume="auto", **{**flags, "learning_rate": 0.5}), reward_fn=letters, prompts=PROMPTS)
+    with pytest.raises(UserError, match="--resume auto: no checkpoint in"):
+        ppo.train(ppo.Args(output_dir=str(tmp_path / "none"), resume="auto", **flags), reward_fn=letters, prompts=PROMPTS)
+    with pytest.raises(UserError, match="no checkpoint there"):
+        ppo.train(ppo.Args(resume=str(tmp_path / "none" / "checkpoints" / "step-1"), **flags), reward_fn=letters, prompts=PROMPTS)
+    for file in (run / "checkpoints" / "step-2").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="step-2: not a whole checkpoint"):
+        ppo.train(ppo.Args(output_dir=str(run), resume="auto", **flags), reward_fn=letters, prompts=PROMPTS)
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(model_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output-dir .*: .*choose a folder that can be written"):
+        ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "file" / "run"), **TINY), reward_fn=letters)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+WALKS = ["--max-steps", "2", "--eval-samples", "2"]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A run of random walks for two steps, whose start others reuse."""
+    run = tmp_path_factory.mktemp("walks") / "run"
+    done = run_script("ppo.py", *WALKS, "--output-dir", str(run), "--save-every", "1")
+    assert done.returncode == 0, done.stderr
+    return run, done
+
+
+def test_the_command_alone_shows_tables_and_one_final_line(started):
+    run, done = started
+    lines = done.stdout.splitlines()
+    assert "before training" in lines and "after training" in lines
+    assert re.fullmatch(r"optimality \d\.\d{3} -> \d\.\d{3}; invalid .*; model in .*/model", lines[-1])
+    assert done.stderr == ""
+    assert max(map(len, lines[:-1])) <= 120
+
+
+def test_two_processes_give_the_numbers_of_one(started, tmp_path):
+    """The same tokens, scores and metrics in the first step; later steps within rounding that Adam makes larger."""
+    run, _ = started
+    done = run_script("ppo.py", *WALKS, "--model", str(run / "start"), "--output-dir", str(tmp_path / "two"), processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = rows_of(run), rows_of(tmp_path / "two")
+    assert numbers(two[0]) == pytest.approx(numbers(one[0]), rel=1e-6)
+    for name in one[1]:
+        if name.startswith(("rollout/", "value/explained", "episodes", "tokens")) and "gap" not in name:
+            assert two[1][name] == pytest.approx(one[1][name], rel=1e-4, abs=1e-5), name
+    assert two[1]["loss/policy"] == pytest.approx(one[1]["loss/policy"], abs=0.01)
+    assert two[1]["policy/first_ratio_error"] < 1e-4 and two[1]["rollout/sampler_gap"] < 1e-4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+
+
+def test_two_agents_as_two_machines(started, tmp_path):
+    """`--nnodes 2`: two torchrun agents that meet at a local rendezvous."""
+    run, _ = started
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:29611", "--rdzv-id", "two", "ppo.py", "--max-steps", "1", "--eval-samples", "1",
+               "--model", str(run / "start"), "--output-dir", str(tmp_path / "run")]
+    agents = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+              for _ in range(2)]
+    outputs = [agent.communicate(timeout=180) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sum("after training" in out for out, _ in outputs) == 1
+    assert rows_of(tmp_path / "run")[1]["rollout/score"] == pytest.approx(rows_of(run)[1]["rollout/score"], rel=1e-5)
+
+
+def test_a_script_runs_when_copied_elsewhere_with_common(started, tmp_path):
+    shutil.copy(ROOT / "ppo.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run_script("ppo.py", "--max-steps", "1", "--eval-samples", "1", "--model", str(started[0] / "start"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "ppo-start-1" / "model" / "config.json").exists()
+
+
+def test_killed_and_resumed(started, tmp_path):
+    """SIGKILL in the middle of a run with checkpoints; --resume auto ends with the numbers of the uninterrupted run."""
+    flags = ["--model", str(started[0] / "start"), "--max-steps", "5", "--save-every", "1", "--eval-samples", "2",
+             "--rollout-batch-size", "32", "--batch-size", "32", "--ppo-epochs", "1"]
+    whole = run_script("ppo.py", *flags, "--output-dir", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, "ppo.py", *flags, "--output-dir", str(tmp_path / "killed")], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    for _ in range(1200):
+        time.sleep(0.05)
+        if list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run_script("ppo.py", *flags, "--output-dir", str(tmp_path / "killed"), "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert [numbers(row) for row in rows_of(tmp_path / "killed")] == [numbers(row) for row in rows_of(tmp_path / "whole")]
+
+
+def test_a_failing_rank_takes_the_other_down_with_its_message(started, tmp_path):
+    """A reward function that fails on rank 1 alone: no hang, and the message is that of rank 1."""
+    (tmp_path / "reward.py").write_text(
+        "import torch.distributed as dist\n"
+        "def reward(samples):\n    return [0.0] * (len(samples) + dist.get_rank())\n")
+    begun = time.time()
+    done = run_script("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--reward", f"{tmp_path}/reward.py:reward",
+                      "--prompts", str(prompts_file(tmp_path)), "--output-dir", str(tmp_path / "run"), processes=2)
+    assert done.returncode != 0 and time.time() - begun < 60
+    assert "[rank 1] ppo.py: error: the reward function returned" in done.stderr
+
+
+def prompts_file(folder) -> Path:
+    path = Path(folder) / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": letter}) + "\n" for letter in "bcdefgh"))
+    return path
+
+
+def test_wandb_works_offline(model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), track=True, **TINY), reward_fn=letters,
+              prompts=PROMPTS)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_random_walks_are_learned(tmp_path):
+    """The bar of a short run: from below 0.3 to above 0.75 in 12 steps, some 30 seconds on one core."""
+    done = run_script("ppo.py", "--output-dir", str(tmp_path / "run"), "--max-steps", "12", "--eval-every", "12")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["eval/optimality"] < 0.3 and rows[-1]["eval/optimality"] > 0.75
+
+
+# --- the repository ---------------------------------------------------------------------------------------------------
+
+
+def test_no_flag_is_unread_and_same_names_are_the_same_code():
+    """Every field of Args is read; a name that stands in two scripts is the same code there."""
+    seen, fields = {}, {}
+    plumbing = "".join(path.read_text() for path in (ROOT / "common").glob("*.py"))
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in {"Args", "train", "check", "update"}:
+                assert seen.setdefault(node.name, ast.unparse(node)) == ast.unparse(node), f"{path.name}: {node.name} drifted"
+            if isinstance(node, ast.ClassDef) and node.name == "Args":
+                for item, doc in zip(node.body, node.body[1:]):
+                    if isinstance(item, ast.AnnAssign):
+                        name, kind = item.target.id, (ast.unparse(item.annotation), ast.unparse(doc))
+                        assert isinstance(doc, ast.Expr), f"{path.name}: {name} has no docstring"
+                        assert fields.setdefault(name, kind) == kind, f"{path.name}: the flag {name} drifted"
+                        assert re.search(rf"args\.{name}\b", text + plumbing) or f'"--{name}"' in plumbing, f"{name} is not read"
+
+
+def test_readme_commands_use_flags_that_exist():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    names = {"--" + name.replace("_", "-") for name in ppo.Args.__dataclass_fields__}
+    commands = re.findall(r"^\s*(?:\S+ )*(?:python|torchrun)\S* .*?ppo\.py(.*)$", text, re.M)
+    assert commands
+    for command in commands:
+        for flag in re.findall(r"(?<= )--[a-z][a-z-]*", command.split("#")[0]):
+            assert flag in names, f"README: ppo.py has no flag {flag}"
