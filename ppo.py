@@ -232,11 +232,27 @@ def preset(args: Args) -> dict:
 
 def check(args: Args, reward_fn: Callable | None = None) -> None:
     """Refuse settings that cannot work, in one line that names the flag."""
-    for name in ("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size",
-                 "learning_rate", "max_new_tokens", "temperature", "generation_batch_size", "reward_batch_size",
-                 "eval_every", "num_eval_prompts", "eval_samples", "keep_checkpoints"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    positive = ("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "learning_rate",
+                "max_new_tokens", "temperature", "generation_batch_size", "reward_batch_size", "eval_every", "max_steps",
+                "num_eval_prompts", "eval_samples", "keep_checkpoints", "prompt_words", "kl_target", "kl_horizon",
+                "reward_clip", "shard_size", "adam_epsilon", "max_grad_norm")
+    not_negative = ("min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value", "seed", "lora_rank",
+                    "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "gamma", "lam")
+    for name in positive + not_negative:
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in not_negative))):
+            bound = "more than 0" if name in positive else "0 or more"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {bound}")
+    allowed = {"eval_temperature": lambda value: 0 <= value < math.inf, "eval_top_k": lambda value: value >= 0,
+               "eval_top_p": lambda value: 0 < value <= 1, "stop": bool}
+    for name, allow in allowed.items():
+        values = getattr(args, name)
+        if not all(map(allow, values)) or (not values and name != "stop"):
+            raise UserError(f"--{name.replace('_', '-')} {' '.join(map(repr, values))}: has a value that means nothing")
+    if args.num_layers_unfrozen == 0 or args.num_layers_unfrozen < -1:
+        raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1 for all, or at least 1")
+    if args.min_new_tokens > args.max_new_tokens:
+        raise UserError(f"--min-new-tokens {args.min_new_tokens} is more than --max-new-tokens {args.max_new_tokens}")
     if args.max_length <= args.max_new_tokens:
         raise UserError(f"--max-length {args.max_length} leaves no room for a prompt beside --max-new-tokens "
                         f"{args.max_new_tokens}: raise the one or lower the other")
@@ -297,7 +313,7 @@ def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tok
     scores = []
     if chosen:
         columns = text_columns([items[row] for row in chosen], [rows[row] for row in chosen])
-        answer = call(reward_fn, **columns, tokenizer=tokenizer)
+        answer = call(reward_fn, **{**columns, "tokenizer": tokenizer})
         scores = check_scores(answer, [len(items[row]["tokens"]) for row in chosen])
     return broadcast(scores) if everything else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
 
@@ -510,7 +526,7 @@ def evaluate(
         totals = [sum(score) if isinstance(score, list) else score for score in scores]
         found = {"reward": totals, "length": [len(item["tokens"]) for item in items]}
         if metric_fn and dist.get_rank() == 0:
-            found = call(metric_fn, **text_columns(items, rows), tokenizer=tokenizer) | found
+            found = call(metric_fn, **{**text_columns(items, rows), "tokenizer": tokenizer}) | found
         for name, value in broadcast(found).items():
             metrics[f"eval/{name}{suffix}"] = torch.as_tensor(value, dtype=torch.float64).mean().item()
         samples += [{**({"option": suffix} if suffix else {}), "prompt": item["prompt"], "output": item["output"],

@@ -19,14 +19,15 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
 
 
-def _flags_of(path: str, names: list[str]) -> list[str]:
+def _flags_of(path: str, default) -> list[str]:
     """The settings of a YAML file as command-line words, so that they are checked in the same way."""
+    names = [field.name for field in dataclasses.fields(default)]
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: must hold 'name: value' lines, not a {type(settings).__name__}")
@@ -38,6 +39,10 @@ def _flags_of(path: str, names: list[str]) -> list[str]:
             hint = f"; did you mean '{near[0]}'?" if near else "; --help lists the settings"
             raise UserError(f"--config {path}: no setting is called '{key}'{hint}")
         flag = name.replace("_", "-")
+        if isinstance(value, bool) != isinstance(getattr(default, name), bool):
+            raise UserError(f"--config {path}: '{key}' is {value!r}; flags that are on or off, and only they, are true or false")
+        if isinstance(value, list) != isinstance(getattr(default, name), list):
+            raise UserError(f"--config {path}: '{key}' is {value!r}; settings that take lists, and only they, are lists")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
@@ -58,11 +63,14 @@ def _cli(default, words: list[str]):
     lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()[1:]]
     rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
     message = " ".join(" ".join(lines[:rule]).split())
-    unknown = re.search(r"Unrecognized options: (--[\w-]+)", message)
-    if unknown:
+    unknown = re.search(r"Unrecognized options: ([^,]+)", message)
+    if unknown and unknown[1].startswith("--"):
         known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(default)]
         near = difflib.get_close_matches(unknown[1], known, 1)
         message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+    elif unknown and unknown[1] in words:
+        flags = [word for word in words[: words.index(unknown[1])] if word.startswith("--")]
+        message = f"'{unknown[1]}' is one value too many" + (f" after {flags[-1]}" if flags else "")
     raise UserError(message)
 
 
@@ -73,11 +81,12 @@ def parse(args_class, preset=None, words: list[str] | None = None):
     Raises `UserError` for an unknown flag, a value of the wrong type, or a setting that does not exist.
     """
     words = list(sys.argv[1:] if words is None else words)
-    names = [field.name for field in dataclasses.fields(args_class)]
     files = [b if a == "--config" else a.split("=", 1)[1] for a, b in zip(words, words[1:] + [""])
              if a == "--config" or a.startswith("--config=")]
     for path in files[-1:]:
-        words = _flags_of(path, names) + words
+        if not path or path.startswith("--"):
+            raise UserError("--config: its value is missing; give the path of a YAML file")
+        words = _flags_of(path, args_class()) + words
     args = _cli(args_class(), words)
     return _cli(args_class(**preset(args)), words) if preset else args
 

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 from collections.abc import Callable
 
@@ -42,6 +41,7 @@ def read_rows(path: str, flag: str) -> list[dict]:
             with _open(path) as file:
                 rows = json.load(file)
         elif lower.endswith(".csv"):
+            csv.field_size_limit(2**30)
             with _open(path) as file:
                 rows = list(csv.DictReader(file))
         elif lower.endswith(".parquet"):
@@ -60,16 +60,18 @@ def read_rows(path: str, flag: str) -> list[dict]:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason[:200]}){hint}") from None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{flag} {path}: holds no rows")
+        raise UserError(f"{flag} {path}: holds no rows" + ("" if rows in ([], {}, None) else "; it must be a list of objects"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{flag} {path}, row {number}: must be an object with named columns, not {_short(row)}")
+        if None in row:
+            raise UserError(f"{flag} {path}, row {number}: has more fields than the header has columns: {_short(row[None])}")
     return rows
 
 
 def _open(path: str):
     opener = gzip.open if path.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8", newline="")
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def _is_chat(prompt) -> bool:
@@ -88,8 +90,8 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
     A prompt is a text, or a row whose column `prompt` (or, without one, `text`) is a text or a list of messages.
     Raises UserError naming `where` and the row.
     """
-    if not len(prompts):
-        raise UserError(f"{where}: holds no prompts")
+    if isinstance(prompts, (str, dict)) or not len(prompts):
+        raise UserError(f"{where}: must be a list of prompts, with at least one")
     rows = []
     for number, prompt in enumerate(prompts, 1):
         row = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
@@ -111,20 +113,29 @@ def encode_prompts(
 ) -> tuple[list[list[int]], list[bool]]:
     """Token ids of each row's prompt, at most `room` of them, and which prompts were cut, on `side`.
 
-    The tokenizer's own special tokens are added (Llama's BOS, T5's EOS), but no end token in front of a causal output.
-    A list of messages goes through the chat template. An empty prompt becomes the BOS token.
+    The tokenizer's own special tokens are added and outlive a cut (Llama's BOS, T5's EOS), but no end token is put in
+    front of a causal output. A list of messages goes through the chat template. An empty prompt becomes the BOS token.
     """
     ids, cut = [], []
     for row in rows:
+        head, tail = [], []
         if isinstance(row["prompt"], str):
-            tokens, eos = tokenizer(row["prompt"])["input_ids"], tokenizer.eos_token
-            if not seq2seq and tokens[-1:] == [tokenizer.eos_token_id] and not row["prompt"].endswith(eos):
-                tokens = tokens[:-1]
+            body, whole = (tokenizer(row["prompt"], add_special_tokens=special)["input_ids"] for special in (False, True))
+            places = range(len(whole) - len(body) + 1)
+            start = next((i for i in places if whole[i : i + len(body)] == body), None)
+            if start is None:
+                body = whole
+            else:
+                head, tail = whole[:start], whole[start + len(body) :]
+            tail = [token for token in tail if seq2seq or token != tokenizer.eos_token_id]
+        elif tokenizer.chat_template is None:
+            raise UserError("a prompt is a list of messages and the tokenizer has no chat template: give texts")
         else:
             chat = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
-            tokens = chat["input_ids"]
-        cut.append(len(tokens) > room)
-        tokens = tokens[-room:] if side == "left" else tokens[:room]
+            body = chat["input_ids"]
+        space = max(1, room - len(head) - len(tail))
+        cut.append(len(body) > space)
+        tokens = head + (body[-space:] if side == "left" else body[:space]) + tail
         if not tokens:
             start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             if start is None:
@@ -155,9 +166,12 @@ def load_function(spec: str, flag: str) -> Callable:
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(path)
-        return getattr(module, name)
-    except (FileNotFoundError, ModuleNotFoundError, AttributeError) as error:
+        function = getattr(module, name)
+    except (FileNotFoundError, ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{flag} {spec}: {error}; give file.py:function or package.module:function") from None
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: is {_short(function)}, not a function")
+    return function
 
 
 def call(function: Callable, /, **arguments):
@@ -189,7 +203,7 @@ def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
         dense = isinstance(score, (list, tuple))
         for value in score if dense else [score]:
             numeric = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
-            if not numeric or not math.isfinite(value):
+            if not numeric or not abs(value) < 1e300:
                 what = f"{_short(value)} for sample {number}"
                 raise UserError(f"the reward function returned {what}: it must be a finite number")
         if dense and not 0 < len(score) <= length:

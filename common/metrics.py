@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 
 def open_run(args, name: str, free: tuple[str, ...]) -> tuple[str, str | None]:
-    """Choose and create the run directory, write `args.yaml`; return it and the checkpoint to resume from, if any.
+    """Choose and create the run directory; return it and the checkpoint to resume from, if any.
 
     Without `--output-dir` it is `runs/NAME`, with -2, -3, ... where that is taken. `--resume auto` takes the newest
     checkpoint of the directory, `--resume PATH` that one; it must be of a run with equal settings but for those `free`.
@@ -69,13 +69,11 @@ def _open_run(args, name, free):
                 raise UserError(f"--resume {checkpoint}: is of another run: its {flag} was {before.get(key)}, "
                                 f"not {settings[key]}")
     os.makedirs(f"{folder}/checkpoints", exist_ok=True)
-    with open(f"{folder}/args.yaml", "w") as file:
-        yaml.safe_dump(settings, file, sort_keys=False)
     return folder, checkpoint
 
 
 class RunLog:
-    """Writes a run's metrics and samples; does nothing on ranks other than 0.
+    """Writes a run's settings (args.yaml), metrics and samples; does nothing on ranks other than 0.
 
     After a resume, lines of steps later than `step` are dropped: they are about to be made again.
     """
@@ -84,6 +82,8 @@ class RunLog:
         self.folder, self.main, self.wandb, self.start = folder, dist.get_rank() == 0, None, time.time()
         if not self.main:
             return
+        with open(f"{folder}/args.yaml", "w") as file:
+            yaml.safe_dump(dataclasses.asdict(args), file, sort_keys=False)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = os.path.join(folder, name)
             lines = []

@@ -59,6 +59,8 @@ def _readable(flag: str, path: str):
     """Turns what transformers raises for a model that it cannot load into one line."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         what = "no such folder, and no hub model of that name can be reached"
         if os.path.isdir(path):
@@ -70,8 +72,16 @@ def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[
     """A sequence-classification model, with its own tokenizer, as a function from texts to scores: the probability of
     the label POSITIVE (else of label 1 of 2), or the bare output of a model that has only one, as reward models do."""
     with _readable(flag, path):
+        if not any("SequenceClassification" in name for name in AutoConfig.from_pretrained(path).architectures or []):
+            raise UserError(f"{flag} {path}: is not a sequence-classification model; its head would be random")
         classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True,
                             batch_size=batch_size)
+    if classify.tokenizer.pad_token is None:  # GPT-2-like reward models, which read the last token that is not a pad
+        classify.tokenizer.pad_token = classify.tokenizer.eos_token
+        classify.model.config.pad_token_id = classify.tokenizer.pad_token_id
+    longest = getattr(classify.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and classify.tokenizer.model_max_length > longest:
+        classify.tokenizer.model_max_length = longest
     labels = classify.model.config.id2label
     named = [label for label in labels.values() if label.upper() == "POSITIVE"]
     positive = named[0] if named else labels[min(1, len(labels) - 1)]

@@ -1,0 +1,224 @@
+"""The reward functions of examples/rewards.py on inputs made by hand, and as a user runs them."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, VOCABULARY, char_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import ppo
+from common.cli import UserError
+from common.data import call, check_scores, load_function
+
+REWARDS = f"{ROOT}/examples/rewards.py"
+
+
+def score(name, outputs, prompt="", output_ids=None, tokenizer=None, **columns):
+    """What the function `name` of rewards.py gives for `outputs`, called and checked as ppo.py does it."""
+    output_ids = output_ids or [[0] * (len(output) + 1) for output in outputs]
+    columns |= {"samples": [prompt + output for output in outputs], "prompts": [prompt] * len(outputs)}
+    answer = call(load_function(f"{REWARDS}:{name}", "--reward"), outputs=list(outputs), output_ids=output_ids,
+                  tokenizer=tokenizer, **columns)
+    return check_scores(answer, [len(ids) for ids in output_ids])
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+
+def test_target_length():
+    assert score("target_length", ["w " * 20, "w " * 10, "w " * 30, "", "w " * 60]) == [0.0, -0.5, -0.5, -1.0, -2.0]
+
+
+def test_short_without_repetition():
+    outputs = ["a b c", "a A a b", "", "one", " ".join(map(str, range(45)))]
+    assert score("short_without_repetition", outputs) == [1.0, 0.5, -1.0, 1.0, 0.5]
+
+
+def test_valid_json():
+    good = ['{"a": [1, 2]}', " {} \n"]
+    bad = ["[1]", "3", "", "{'a': 1}", '{"a": 1} and', "so {}", "[" * 100000]
+    assert score("valid_json", good + bad) == [1.0] * len(good) + [-1.0] * len(bad)
+
+
+def test_boxed_answer():
+    good = [r"so \boxed{42}.", r"$\boxed{ x }$", "two\nlines \\boxed{\\frac{1}{2}}\n"]
+    bad = [r"\boxed{}", r"\boxed{ }", r"\boxed{1} or \boxed{2}", r"\boxed{4} is it", "42", r"\boxed{4", ""]
+    assert score("boxed_answer", good + bad) == [1.0] * len(good) + [0.0] * len(bad)
+
+
+def test_few_colons():
+    assert score("few_colons", ["", "a: b", "::x:"]) == [0.0, -1.0, -3.0]
+
+
+# --- against a column -------------------------------------------------------------------------------------------------
+
+
+def test_contains_keywords():
+    """Whole words in any case, from a list or a text with commas (CSV), and a row without any."""
+    outputs = ["A Big CAT!", "category", "1+1 (c++)", "x"]
+    assert score("contains_keywords", outputs, keywords=[["cat", "dog"], "cat", "c++, 1+1", None]) == [0.5, 0, 1, 0]
+
+
+@pytest.mark.parametrize("output,answer,expected", [
+    ("so 6 * 7 = 42.", 42, 1), ("42 or 41", 42, 0), ("it is 1,234.50", "1234.5", 1), ("-3", 3, 0), ("5-3", 3, 1),
+    ("$18", "9 * 2 = <<9*2=18>>18\n#### 18", 1), ("18 eggs, then .5", 0.5, 1), ("none", 0, 0), ("", "no number", 0)])
+def test_exact_number(output, answer, expected):
+    """The last number counts, on both sides, as a number: not as text."""
+    assert score("exact_number", [output], answer=[answer]) == [expected]
+
+
+def test_overlap_is_the_f1_of_words_with_repeats():
+    outputs, reference = ["a b b c", "The cat.", "x", "", "a a a a"], ["b b d", "the CAT", "y", "", "a"]
+    expected = [2 * 2 / (4 + 3), 1.0, 0.0, 0.0, 2 * 1 / (4 + 1)]
+    assert score("overlap", outputs, reference=reference) == pytest.approx(expected)
+
+
+# --- a classifier -----------------------------------------------------------------------------------------------------
+
+
+def save_classifier(folder, labels):
+    """A random DistilBERT with these labels, and its own tokenizer; returns its probabilities, or its one output, of a
+    text, computed without padding."""
+    torch.manual_seed(len(labels))
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=24,
+        id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)})
+    model = transformers.DistilBertForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5)
+    tokenizer = char_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    tokenizer.model_max_length = 24
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def outputs(text):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0]
+        return (logits.softmax(0) if len(labels) > 1 else logits).tolist()
+
+    return outputs
+
+
+TEXTS = ["good", "a very bad film", "", "x", "so long that it is cut off at the end of what the model takes"]
+
+
+@pytest.mark.parametrize("labels", [("NEGATIVE", "POSITIVE"), ("POSITIVE", "NEGATIVE"), ("LABEL_0", "LABEL_1")])
+def test_sentiment_is_the_probability_of_positive(labels, tmp_path, monkeypatch):
+    """Of each text, in order, whatever the order of the labels, as if it were alone in its batch."""
+    outputs, place = save_classifier(tmp_path, labels), labels.index("POSITIVE") if "POSITIVE" in labels else 1
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    expected = [outputs("it is " + text)[place] for text in TEXTS]
+    assert max(expected) - min(expected) > 0.1
+    assert score("sentiment", TEXTS, prompt="it is ") == pytest.approx(expected, abs=1e-5)
+
+
+def test_better_than_reference_is_a_difference_of_two_rewards_of_one_prompt(tmp_path, monkeypatch):
+    """With a reward model of one output, which is used as it is, and loaded once."""
+    outputs = save_classifier(tmp_path, ["LABEL_0"])
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    reference = ["bad", "fine", "good", "", "a"]
+    expected = [outputs("sum: " + a)[0] - outputs("sum: " + b)[0] for a, b in zip(TEXTS, reference)]
+    assert max(map(abs, expected)) > 0.05
+    assert score("better_than_reference", TEXTS, prompt="sum: ", reference=reference) == pytest.approx(
+        expected, abs=1e-4)
+    load = load_function(f"{REWARDS}:load_reward_model", "--reward")
+    assert load(str(tmp_path)) is load(str(tmp_path))
+
+
+def test_dense_sentiment_pays_for_the_halves_of_the_output(tmp_path, monkeypatch):
+    """At the middle token what is not positive in the first half, at the last token what is positive in the second."""
+    outputs = save_classifier(tmp_path, ["NEGATIVE", "POSITIVE"])
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    tokenizer = char_tokenizer()
+    texts = ["abcdef", "abcde", "ab", "a"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    ids[1].append(tokenizer.eos_token_id)
+    answer = score("dense_sentiment", texts, output_ids=ids, tokenizer=tokenizer)
+    halves = [("abc", "def"), ("abc", "de"), ("a", "b")]
+    for row, (first, second), size in zip(answer, halves, (6, 6, 2)):
+        expected = [0.0] * size
+        expected[size // 2 - 1], expected[-1] = outputs(first)[0], outputs(second)[1]
+        assert row == pytest.approx(expected, abs=1e-5)
+    assert answer[3] == pytest.approx([outputs("a")[0] + outputs("")[1]], abs=1e-5), "one token is middle and last"
+
+
+def test_a_reward_model_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("REWARD_MODEL", f"{tmp_path}/nothing")
+    with pytest.raises(UserError, match="REWARD_MODEL .*/nothing") as caught:
+        score("sentiment", ["a"])
+    assert "\n" not in str(caught.value)
+
+
+# --- tokens and programs ----------------------------------------------------------------------------------------------
+
+
+def test_no_repeated_token():
+    ids = [[5, 5, 5, 6], [5, 6, 5], [7]]
+    assert score("no_repeated_token", ["", "", ""], output_ids=ids) == [[0.0, -1.0, -1.0, 0.0], [0.0] * 3, [0.0]]
+
+
+@pytest.mark.parametrize("program,result", [
+    ("reverse", [2, 1, 3]), (" sort | reverse ", [3, 2, 1]), ("drop 2", [2]), ("take  1|add 10", [13]),
+    ("multiply 2", [6, 2, 4]), ("take 0", []), ("sort|drop 1|add 0", [2, 3])])
+def test_list_programs_run(program, result):
+    """1 for the wanted list, -0.5 for another, also where the columns are JSON texts, as in a CSV file."""
+    assert score("list_program", [program] * 3, input=[[3, 1, 2], "[3, 1, 2]", [3, 1, 2]],
+                 target=[result, json.dumps(result), [99]]) == [1.0, 1.0, -0.5]
+
+
+def test_list_programs_that_do_not_parse():
+    programs = ["", "sort |", "sort 2", "drop", "drop -1", "drop x", "add 1000", "SORT", "sort drop 1", "[1]",
+                "__import__('os')", "add 1\n2", "drop ١"]
+    lists = [[1]] * len(programs)
+    assert score("list_program", programs, input=lists, target=lists) == [-1.0] * len(programs)
+
+
+# --- as a user runs them ----------------------------------------------------------------------------------------------
+
+
+def train(folder, **flags):
+    """Two steps of PPO; returns the evaluation samples and the lines of metrics.jsonl."""
+    args = ppo.Args(total_episodes=16, rollout_batch_size=8, batch_size=4, micro_batch_size=4, max_length=32,
+                    max_new_tokens=6, eval_every=100, num_eval_prompts=4, output_dir=f"{folder}/run", **flags)
+    columns = dict(reference=[" ".join(f"w{i}" for i in range(n)) for n in (0, 20, 40, 58)], number=[0, 1, 2, 3])
+    rows = [dict(zip(columns, values), prompt="w1 w2") for values in zip(*columns.values())]
+    ppo.train(args, prompts=rows)
+    samples, metrics = ([json.loads(line) for line in open(f"{folder}/run/{name}.jsonl")]
+                        for name in ("samples", "metrics"))
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert [line["step"] for line in samples] == [0] * 4 + [2] * 4
+    for step in (0, 2):
+        rewards = [line["reward"] for line in samples if line["step"] == step]
+        assert metrics[step]["eval/reward"] == pytest.approx(sum(rewards) / 4)
+    return samples, metrics, columns
+
+
+def test_the_columns_of_the_prompts_reach_the_function(model_path, tmp_path):
+    """`overlap` with a column that differs from row to row, on outputs of whole words; other columns do no harm."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(
+        ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 3))])}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>",
+                                         eos_token="<eos>").save_pretrained(tmp_path / "words")
+    samples, metrics, columns = train(tmp_path, model=model_path("gpt2"), tokenizer=f"{tmp_path}/words",
+                                      reward=f"{REWARDS}:overlap")
+    for step in (0, 4):
+        outputs = [line["output"] for line in samples[step : step + 4]]
+        expected = score("overlap", outputs, reference=columns["reference"])
+        assert [line["reward"] for line in samples[step : step + 4]] == pytest.approx(expected)
+        assert expected[0] == 0 and expected[3] > 0
+    assert metrics[1]["rollout/score"] > 0
+
+
+def test_a_dense_reward_of_a_classifier_trains(model_path, tmp_path, monkeypatch):
+    save_classifier(tmp_path / "classifier", ["NEGATIVE", "POSITIVE"])
+    monkeypatch.setenv("REWARD_MODEL", f"{tmp_path}/classifier")
+    samples, metrics, _ = train(tmp_path, model=model_path("gpt2"), reward=f"{REWARDS}:dense_sentiment")
+    assert all(0 < line["reward"] < 2 for line in samples)
+    assert all(0 < line["rollout/score"] < 2 and math.isfinite(line["loss/policy"]) for line in metrics[1:])
