@@ -40,9 +40,9 @@ def _flags_of(path: str, default) -> list[str]:
             raise UserError(f"--config {path}: no setting is called '{key}'{hint}")
         flag = name.replace("_", "-")
         if isinstance(value, bool) != isinstance(getattr(default, name), bool):
-            raise UserError(f"--config {path}: '{key}' is {value!r}; flags that are on or off, and only they, are true or false")
+            raise UserError(f"--config {path}: '{key}' is {value!r}; true and false are for flags that are on or off")
         if isinstance(value, list) != isinstance(getattr(default, name), list):
-            raise UserError(f"--config {path}: '{key}' is {value!r}; settings that take lists, and only they, are lists")
+            raise UserError(f"--config {path}: '{key}' is {value!r}; lists are for settings that take several values")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:

@@ -60,12 +60,13 @@ def read_rows(path: str, flag: str) -> list[dict]:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason[:200]}){hint}") from None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{flag} {path}: holds no rows" + ("" if rows in ([], {}, None) else "; it must be a list of objects"))
+        what = "holds no rows" if isinstance(rows, list) else "must be a list of objects"
+        raise UserError(f"{flag} {path}: {what}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{flag} {path}, row {number}: must be an object with named columns, not {_short(row)}")
         if None in row:
-            raise UserError(f"{flag} {path}, row {number}: has more fields than the header has columns: {_short(row[None])}")
+            raise UserError(f"{flag} {path}, row {number}: has more fields than the header: {_short(row[None])}")
     return rows
 
 
@@ -91,7 +92,7 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
     Raises UserError naming `where` and the row.
     """
     if isinstance(prompts, (str, dict)) or not len(prompts):
-        raise UserError(f"{where}: must be a list of prompts, with at least one")
+        raise UserError(f"{where}: holds no prompts, or is not a list of them")
     rows = []
     for number, prompt in enumerate(prompts, 1):
         row = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
@@ -120,7 +121,8 @@ def encode_prompts(
     for row in rows:
         head, tail = [], []
         if isinstance(row["prompt"], str):
-            body, whole = (tokenizer(row["prompt"], add_special_tokens=special)["input_ids"] for special in (False, True))
+            body = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+            whole = tokenizer(row["prompt"])["input_ids"]
             places = range(len(whole) - len(body) + 1)
             start = next((i for i in places if whole[i : i + len(body)] == body), None)
             if start is None:

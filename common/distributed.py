@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
 
 from common.cli import UserError
 
-# T5's blocks return views, and FSDP warns of in-place operations on them; a test holds T5's gradients to the unsharded ones
+# Some blocks return views (T5, OPT), and FSDP warns of in-place operations on them; tests hold their gradients to the
+# unsharded ones
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 

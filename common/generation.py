@@ -41,9 +41,10 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int = 0, top_p: f
         ordered, order = logprobs.softmax(-1).sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it already suffice
         logprobs = logprobs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
-    cumulative = logprobs.softmax(-1).cumsum(-1)
+    # in float64, since a float32 sum may rise at a probability of 0
+    cumulative = logprobs.softmax(-1, dtype=torch.float64).cumsum(-1)
     # below the total, so that the search ends at a token of positive probability
-    level = uniform.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
+    level = uniform.double().clamp(max=1 - 1e-9)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, level, right=True)[:, 0]
 
 

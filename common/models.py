@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -61,7 +62,7 @@ def _readable(flag: str, path: str):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         what = "no such folder, and no hub model of that name can be reached"
         if os.path.isdir(path):
             what = "the folder holds nothing that transformers can load"
@@ -137,13 +138,17 @@ def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
             config = lora.peft_config["default"]
             plain = copy.deepcopy(config)
             plain.target_modules = "all-linear"
+            fresh = type(lm)(copy.deepcopy(lm.config))
+            if lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:  # whatever its config says
+                head = fresh.get_output_embeddings()
+                head.weight = nn.Parameter(head.weight.detach().clone())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                wrapper = get_peft_model(type(lm)(copy.deepcopy(lm.config)), plain)
+                wrapper = get_peft_model(fresh, plain)
             wrapper.base_model.model.load_state_dict(state)
             wrapper.save_pretrained(folder + ".tmp/adapter", state_dict=get_peft_model_state_dict(wrapper))
-            lm = wrapper.merge_and_unload()
-            state = lm.state_dict()
+            generation_config, lm = lm.generation_config, wrapper.merge_and_unload()
+            lm.generation_config, state = generation_config, lm.state_dict()
         lm.save_pretrained(folder + ".tmp", state_dict=state)
         tokenizer.save_pretrained(folder + ".tmp")
         shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +176,8 @@ class LogitRules:
         """logits (N, V), previous (N,) the token before, index (N,) the place in the output -> fp32 logits (N, V)."""
         logits = logits.float() / (self.temperature or 1.0)
         if self.logit_mask is not None:
-            forbidden = self.logit_mask.to(logits.device)[previous]
+            known = len(self.logit_mask)  # models often have more embeddings than their tokenizer has tokens
+            forbidden = self.logit_mask.to(logits.device)[previous.clamp(max=known - 1)] & (previous < known)[:, None]
             forbidden = nn.functional.pad(forbidden, (0, logits.shape[1] - forbidden.shape[1]))
             logits = logits.masked_fill(forbidden, -torch.inf)
         if self.min_new_tokens and self.eos_ids:

@@ -1,5 +1,6 @@
 """Tiny random models of every kind of architecture, tokenizers made here, and scripts run as a user runs them."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ ARCHITECTURES = list(CONFIGS)
 
 def tiny_lm(architecture: str, seed: int = 0):
     """A random LM of 3 layers, width 32 and 61 tokens, its weights large enough that outputs differ between inputs."""
-    config = CONFIGS[architecture]
+    config = copy.deepcopy(CONFIGS[architecture])
     torch.manual_seed(seed)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     lm = auto.from_config(config).eval()
@@ -100,7 +101,7 @@ def model_path(tmp_path_factory):
 
 
 def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **environment):
-    """Run `python WORDS`, or `torchrun --nproc_per_node PROCESSES WORDS`, one thread each, offline; a CompletedProcess."""
+    """Run `python WORDS`, or `torchrun --nproc_per_node PROCESSES WORDS`, one thread each, offline."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d",

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,7 +120,8 @@ def test_run_directory(model_path, tmp_path):
 
 def test_metrics_are_those_of_the_readme(model_path, tmp_path):
     """The README's table and the log hold the same names."""
-    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY), reward_fn=letters, prompts=PROMPTS)
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS)
     logged = set().union(*rows_of(tmp_path / "run"))
     documented = set(re.findall(r"^\| `([a-z_/0-9]+)`", (ROOT / "README.md").read_text(), re.M))
     documented -= {"eval/optimality", "eval/invalid"}  # random walks only
@@ -143,7 +145,8 @@ def test_user_objects_are_unchanged_and_metadata_reaches_the_function(model_path
         assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in output_ids] == outputs
         return [0.0] * len(samples)
 
-    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY), reward_fn=reward, prompts=prompts)
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
+    ppo.train(args, reward_fn=reward, prompts=prompts)
     assert json.dumps(prompts) == before
     for texts, wanted, samples, outputs in calls:
         assert [text[::-1] for text in texts] == wanted
@@ -167,8 +170,8 @@ def test_dense_rewards_train(model_path, tmp_path):
         return [[0.5 if token == 7 else 0.0 for token in ids] for ids in output_ids]
 
     args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), kl_coef=0.0,
-                    **{**TINY, "total_episodes": 640, "rollout_batch_size": 64, "batch_size": 32, "micro_batch_size": 32,
-                       "learning_rate": 5e-3})
+                    **{**TINY, "total_episodes": 640, "rollout_batch_size": 64, "batch_size": 32,
+                       "micro_batch_size": 32, "learning_rate": 5e-3})
     ppo.train(args, reward_fn=reward, prompts=PROMPTS)
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["rollout/score"] > rows[1]["rollout/score"] + 0.5
@@ -192,7 +195,8 @@ def test_stop_sequences_end_outputs(model_path, tmp_path):
     seen = []
 
     def reward(samples, outputs, output_ids, tokenizer):
-        seen.extend((output, tokenizer.decode(ids, skip_special_tokens=True)) for output, ids in zip(outputs, output_ids))
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in output_ids]
+        seen.extend(zip(outputs, texts))
         return [0.0] * len(samples)
 
     stop = list("abcdefghijklm")
@@ -205,7 +209,7 @@ def test_stop_sequences_end_outputs(model_path, tmp_path):
 
 
 def test_logit_mask_is_obeyed_in_sampling_and_in_training(model_path, tmp_path):
-    """Token i may only be followed by tokens of the other parity; the sampler still agrees with the training forward."""
+    """Tokens are followed by tokens of the other parity only; the sampler still agrees with the training forward."""
     parity = torch.arange(61) % 2
     mask = parity[:, None] == parity[None, :]
     seen = []
@@ -250,7 +254,8 @@ def test_an_architecture_that_goes_wrong_is_refused_before_the_first_update(mode
     loads = iter([args.model, other])
     monkeypatch.setattr(ppo, "load_lm", lambda path: load(next(loads)))
     with pytest.raises(UserError, match="reference differs from the untrained policy"):
-        ppo.train(ppo.Args(model=args.model, output_dir=str(tmp_path / "b"), **TINY), reward_fn=letters, prompts=PROMPTS)
+        args.output_dir = str(tmp_path / "b")
+        ppo.train(args, reward_fn=letters, prompts=PROMPTS)
 
 
 def test_adaptive_kl_follows_its_target(model_path, tmp_path):
@@ -263,7 +268,7 @@ def test_adaptive_kl_follows_its_target(model_path, tmp_path):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def straight_and_resumed(tmp_path, model, flags, monkeypatch, **options):
+def straight_and_resumed(tmp_path, model, flags, **options):
     """Two equal runs, one of which is stopped after its checkpoint at step 2 of 4 and resumed."""
     flags = {**TINY, "total_episodes": 32, "eval_every": 2, "save_every": 2, "keep_checkpoints": 9, **flags}
     ppo.train(ppo.Args(model=model, output_dir=str(tmp_path / "a"), **flags), prompts=PROMPTS, **options)
@@ -275,14 +280,14 @@ def straight_and_resumed(tmp_path, model, flags, monkeypatch, **options):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(reward_scaling="running", kl_target=0.5, kl_horizon=50, warmup_steps=3), dict(num_layers_unfrozen=1, num_value_layers=1),
-    dict(lora_rank=2)], ids=["whole", "hydra", "lora"])
-def test_resume_is_exact(flags, model_path, tmp_path, monkeypatch):
-    """Every metric of every step, and every weight, to the last bit; with a reward function that draws random numbers."""
+    dict(reward_scaling="running", kl_target=0.5, kl_horizon=50, warmup_steps=3),
+    dict(num_layers_unfrozen=1, num_value_layers=1), dict(lora_rank=2)], ids=["whole", "hydra", "lora"])
+def test_resume_is_exact(flags, model_path, tmp_path):
+    """Every metric and every weight, to the last bit, with a reward function that draws random numbers."""
     def reward(samples, outputs):
         return [output.count("e") + torch.rand(()).item() for output in outputs]
 
-    a, b = straight_and_resumed(tmp_path, model_path("gpt2"), flags, monkeypatch, reward_fn=reward)
+    a, b = straight_and_resumed(tmp_path, model_path("gpt2"), flags, reward_fn=reward)
     assert [numbers(row) for row in rows_of(a)] == [numbers(row) for row in rows_of(b)]
     assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
     left, right = load_lm(str(a / "model")).state_dict(), load_lm(str(b / "model")).state_dict()
@@ -290,27 +295,41 @@ def test_resume_is_exact(flags, model_path, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(model_path, tmp_path):
-    flags = dict(model=model_path("gpt2"), save_every=1, **TINY)
     run = tmp_path / "run"
-    ppo.train(ppo.Args(output_dir=str(run), **flags), reward_fn=letters, prompts=PROMPTS)
+
+    def train(output_dir=str(run), **flags):
+        args = ppo.Args(**{**dict(model=model_path("gpt2"), save_every=1, output_dir=output_dir), **TINY, **flags})
+        ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+
+    train()
     with pytest.raises(UserError, match="holds a run already"):
-        ppo.train(ppo.Args(output_dir=str(run), **flags), reward_fn=letters, prompts=PROMPTS)
+        train()
     with pytest.raises(UserError, match="another run: its --learning-rate was 0.001, not 0.5"):
-        ppo.train(ppo.Args(output_dir=str(run), resume="auto", **{**flags, "learning_rate": 0.5}), reward_fn=letters, prompts=PROMPTS)
+        train(resume="auto", learning_rate=0.5)
     with pytest.raises(UserError, match="--resume auto: no checkpoint in"):
-        ppo.train(ppo.Args(output_dir=str(tmp_path / "none"), resume="auto", **flags), reward_fn=letters, prompts=PROMPTS)
+        train(output_dir=str(tmp_path / "none"), resume="auto")
     with pytest.raises(UserError, match="no checkpoint there"):
-        ppo.train(ppo.Args(resume=str(tmp_path / "none" / "checkpoints" / "step-1"), **flags), reward_fn=letters, prompts=PROMPTS)
+        train(resume=str(tmp_path / "none" / "checkpoints" / "step-1"))
     for file in (run / "checkpoints" / "step-2").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="step-2: not a whole checkpoint"):
-        ppo.train(ppo.Args(output_dir=str(run), resume="auto", **flags), reward_fn=letters, prompts=PROMPTS)
+        train(resume="auto")
+
+
+def test_a_mistake_does_not_block_the_next_try(model_path, tmp_path):
+    """A run that stopped before its first step leaves a directory that the mended command may use."""
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), prompts="none.jsonl", **TINY)
+    with pytest.raises(UserError, match="none.jsonl: no such file"):
+        ppo.train(args, reward_fn=letters)
+    args.prompts = None
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(model_path, tmp_path):
     (tmp_path / "file").write_text("")
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "file" / "run"), **TINY)
     with pytest.raises(UserError, match="--output-dir .*: .*choose a folder that can be written"):
-        ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "file" / "run"), **TINY), reward_fn=letters)
+        ppo.train(args, reward_fn=letters)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -339,7 +358,8 @@ def test_the_command_alone_shows_tables_and_one_final_line(started):
 def test_two_processes_give_the_numbers_of_one(started, tmp_path):
     """The same tokens, scores and metrics in the first step; later steps within rounding that Adam makes larger."""
     run, _ = started
-    done = run_script("ppo.py", *WALKS, "--model", str(run / "start"), "--output-dir", str(tmp_path / "two"), processes=2)
+    done = run_script("ppo.py", *WALKS, "--model", str(run / "start"), "--output-dir", str(tmp_path / "two"),
+                      processes=2)
     assert done.returncode == 0, done.stderr
     one, two = rows_of(run), rows_of(tmp_path / "two")
     assert numbers(two[0]) == pytest.approx(numbers(one[0]), rel=1e-6)
@@ -351,15 +371,22 @@ def test_two_processes_give_the_numbers_of_one(started, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
 def test_two_agents_as_two_machines(started, tmp_path):
     """`--nnodes 2`: two torchrun agents that meet at a local rendezvous."""
     run, _ = started
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:29611", "--rdzv-id", "two", "ppo.py", "--max-steps", "1", "--eval-samples", "1",
-               "--model", str(run / "start"), "--output-dir", str(tmp_path / "run")]
-    agents = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-              for _ in range(2)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "two", "ppo.py",
+               "--max-steps", "1", "--eval-samples", "1", "--model", str(run / "start"),
+               "--output-dir", str(tmp_path / "run")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    agents = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
     outputs = [agent.communicate(timeout=180) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert sum("after training" in out for out, _ in outputs) == 1
@@ -369,7 +396,8 @@ def test_two_agents_as_two_machines(started, tmp_path):
 def test_a_script_runs_when_copied_elsewhere_with_common(started, tmp_path):
     shutil.copy(ROOT / "ppo.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    done = run_script("ppo.py", "--max-steps", "1", "--eval-samples", "1", "--model", str(started[0] / "start"), cwd=tmp_path)
+    done = run_script("ppo.py", "--max-steps", "1", "--eval-samples", "1", "--model", str(started[0] / "start"),
+                      cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "ppo-start-1" / "model" / "config.json").exists()
 
@@ -390,7 +418,8 @@ def test_killed_and_resumed(started, tmp_path):
     process.wait()
     done = run_script("ppo.py", *flags, "--output-dir", str(tmp_path / "killed"), "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    assert [numbers(row) for row in rows_of(tmp_path / "killed")] == [numbers(row) for row in rows_of(tmp_path / "whole")]
+    killed, uninterrupted = (list(map(numbers, rows_of(tmp_path / name))) for name in ("killed", "whole"))
+    assert killed == uninterrupted
 
 
 def test_a_failing_rank_takes_the_other_down_with_its_message(started, tmp_path):
@@ -399,8 +428,8 @@ def test_a_failing_rank_takes_the_other_down_with_its_message(started, tmp_path)
         "import torch.distributed as dist\n"
         "def reward(samples):\n    return [0.0] * (len(samples) + dist.get_rank())\n")
     begun = time.time()
-    done = run_script("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--reward", f"{tmp_path}/reward.py:reward",
-                      "--prompts", str(prompts_file(tmp_path)), "--output-dir", str(tmp_path / "run"), processes=2)
+    done = run_script("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--output-dir", str(tmp_path / "run"),
+                      "--reward", f"{tmp_path}/reward.py:reward", "--prompts", str(prompts_file(tmp_path)), processes=2)
     assert done.returncode != 0 and time.time() - begun < 60
     assert "[rank 1] ppo.py: error: the reward function returned" in done.stderr
 
@@ -414,8 +443,8 @@ def prompts_file(folder) -> Path:
 def test_wandb_works_offline(model_path, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), track=True, **TINY), reward_fn=letters,
-              prompts=PROMPTS)
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), track=True, **TINY)
+    ppo.train(args, reward_fn=letters, prompts=PROMPTS)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
@@ -437,15 +466,17 @@ def test_no_flag_is_unread_and_same_names_are_the_same_code():
     for path in ROOT.glob("*.py"):
         text = path.read_text()
         for node in ast.parse(text).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in {"Args", "train", "check", "update"}:
-                assert seen.setdefault(node.name, ast.unparse(node)) == ast.unparse(node), f"{path.name}: {node.name} drifted"
+            named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            if named and node.name not in {"Args", "train", "check", "update"}:  # each script's own
+                assert seen.setdefault(node.name, ast.unparse(node)) == ast.unparse(node), f"{node.name} drifted"
             if isinstance(node, ast.ClassDef) and node.name == "Args":
                 for item, doc in zip(node.body, node.body[1:]):
                     if isinstance(item, ast.AnnAssign):
                         name, kind = item.target.id, (ast.unparse(item.annotation), ast.unparse(doc))
                         assert isinstance(doc, ast.Expr), f"{path.name}: {name} has no docstring"
                         assert fields.setdefault(name, kind) == kind, f"{path.name}: the flag {name} drifted"
-                        assert re.search(rf"args\.{name}\b", text + plumbing) or f'"--{name}"' in plumbing, f"{name} is not read"
+                        read = re.search(rf"args\.{name}\b", text + plumbing) or f'"--{name}"' in plumbing
+                        assert read, f"{path.name}: the flag {name} is not read"
 
 
 def test_readme_commands_use_flags_that_exist():

@@ -15,8 +15,7 @@ import torch.distributed as dist  # noqa: E402
 from conftest import char_tokenizer, tiny_lm  # noqa: E402
 
 import ppo  # noqa: E402
-from common.distributed import (gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint,  # noqa: E402
-                                unsharded)
+from common.distributed import gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint, unsharded  # noqa: E402
 from common.generation import generate, noise, sample_texts  # noqa: E402
 from common.models import LanguageModel, LogitRules, collate, frozen, make_head, prepare, top_copy  # noqa: E402
 
@@ -49,7 +48,8 @@ def gradients(architecture: str, micro_batch_size: int, **options) -> dict[str, 
                 captured[name] = [whole.norm().item(),
                                   (whole * torch.randn(whole.shape, generator=generator(7))).sum().item()]
 
-    args = ppo.Args(ppo_epochs=1, batch_size=5, rollout_batch_size=5, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
+    args = ppo.Args(ppo_epochs=1, batch_size=5, rollout_batch_size=5, micro_batch_size=micro_batch_size,
+                    max_grad_norm=1e9)
     ppo.update(model, Capture(model.parameters(), 0.1), PROMPTS, RESPONSES, data, LogitRules(),
                {"step": 0, "updates": 0}, 1, args, ".", torch.device("cpu"))
     return captured
@@ -88,7 +88,8 @@ def check_apart(folder):
     with unsharded(model):
         for _ in range(1 + 3 * dist.get_rank()):
             generate(model, PROMPTS, noise(generator(1), 5, 4 + 5 * dist.get_rank()))
-    return [round(value, 4) for value in model(**collate(PROMPTS, RESPONSES, None, torch.device("cpu")))["logprobs"].tolist()]
+    out = model(**collate(PROMPTS, RESPONSES, None, torch.device("cpu")))
+    return [round(value, 4) for value in out["logprobs"].tolist()]
 
 
 def check_gathers(folder):
@@ -122,8 +123,8 @@ def check_scores(folder):
         model.heads["value"] = make_head(model.width, 1)
         prepare(model, torch.float32, torch.device("cpu"))
         reference = prepare(frozen(twin, torch.float32), torch.float32, torch.device("cpu"))
-        data = ppo.score_tokens(model, lambda batch: reference(**batch)["logprobs"], PROMPTS, RESPONSES, LogitRules(), 2,
-                                torch.device("cpu"))
+        data = ppo.score_tokens(model, lambda batch, reference=reference: reference(**batch)["logprobs"], PROMPTS,
+                                RESPONSES, LogitRules(), 2, torch.device("cpu"))
         assert (data["logprobs"] - data["ref_logprobs"]).abs().max() < 1e-5
         found[architecture] = data["logprobs"].tolist()
     return found
