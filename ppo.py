@@ -229,8 +229,9 @@ RESUMABLE = (  # settings that may differ between a run and its resumption
 
 
 def preset(args: Args) -> dict:
-    """The defaults of the task that the flags choose."""
-    return PRESETS.get(args.reward, {})
+    """The defaults of the task that the flags choose. Prompts of the user's own are evaluated on, too."""
+    chosen = PRESETS.get(args.reward, {})
+    return {name: value for name, value in chosen.items() if not (args.prompts and name == "eval_prompts")}
 
 
 def check(args: Args, reward_fn: Callable | None = None) -> None:

@@ -139,7 +139,8 @@ def test_presets_lie_under_yaml_and_flags(yaml_file):
     path = yaml_file("reward: sentiment\nprompts: mine.jsonl\n")
     args = parse("--config", path, "--prompt-words", "7")
     assert (args.prompts, args.prompt_words) == ("mine.jsonl", 7)
-    assert args.eval_prompts == ppo.PRESETS["sentiment"]["eval_prompts"]
+    assert args.eval_prompts is None, "own prompts are evaluated on, too"
+    assert parse("--reward", "sentiment").eval_prompts == ppo.PRESETS["sentiment"]["eval_prompts"]
 
 
 # --- as a user sees it ------------------------------------------------------------------------------------------------
