@@ -11,10 +11,10 @@ Differences from the papers, and from trlX where it differs from them:
 3. The score sits on the last real token, advantages are whitened over all real tokens of the rollout on all ranks, and
    a minibatch's loss is a sum over its tokens divided by their number, whatever the micro-batches and ranks.
 4. Adam's epsilon is 1e-5, gradients are clipped to norm 1. No entropy bonus, no early stop.
-5. Random walks, the default task, starts from trlX's hyperparameters and changes these: 60 rollouts of 256 episodes
+5. Random walks, the default task, starts from trlX's hyperparameters and changes these: 80 rollouts of 256 episodes
    with 2 epochs (trlX: 20 of 128 with 4), so that each start is sampled often; minibatches of 64 (100), since smaller
-   steps lost starts for good; a KL coefficient of 0.01 (0) brings such starts back and ends the walk at the goal; a
-   learning rate that rises over 10 steps and falls to 0 (constant); vf_coef 0.1 (1.2).
+   steps lost starts for good; a KL coefficient of 0.005 (0), which brings such starts back and ends the walk at the
+   goal; a learning rate that rises over 10 steps and falls to 0 (constant); vf_coef 0.1 (1.2).
 
 One step is one rollout of `--rollout-batch-size` episodes and its updates. Batch sizes are global: the same flags give
 the same optimisation, and sample the same tokens up to rounding, on any number of processes.
@@ -39,11 +39,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from common.cli import UserError, run
 from common.data import call, check_scores, encode_prompts, load_function, prompt_rows, read_rows, shuffled
 from common.distributed import broadcast, gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint
-from common.generation import noise, sample_texts
+from common.generation import noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, say, table
 from common.models import (
     LanguageModel,
@@ -102,22 +103,22 @@ class Args:
     """how many evaluation prompts to use at most"""
     prompt_words: int | None = None
     """use the first n words of each prompt"""
-    max_length: int = 1024
-    """most tokens of prompt and output together; longer prompts are truncated"""
+    max_length: int | None = None
+    """most tokens of prompt and output together, longer prompts being cut; none: the model's positions, at most 1024"""
     truncation_side: Literal["left", "right"] = "left"
     """the end of a long prompt that is cut off"""
 
     # reward
-    reward: str = "randomwalks"
+    reward: str | None = None
     """randomwalks, sentiment, file.py:function, package.module:function, or a classification model's path or hub id"""
     reward_model: str | None = None
     """the classifier behind --reward sentiment, in place of lvwerra/distilbert-imdb"""
     reward_device: str | None = None
-    """device of a reward model, such as cuda:7; the process's own by default"""
+    """device of a reward model, such as cuda:7 with --reward-on rank0; the process's own by default"""
     reward_batch_size: int = 64
     """texts per forward of a reward model"""
     reward_on: Literal["all", "rank0"] = "all"
-    """call the reward function on each process with its own samples, or on process 0 with all of them"""
+    """call the reward function on each process with its own samples, or on process 0, which alone has it, with all"""
     reward_clip: float | None = 10.0
     """clip scores to plus and minus this"""
     reward_scaling: Literal["none", "running", "reference"] = "none"
@@ -218,8 +219,8 @@ class Args:
 
 PRESETS = {  # defaults that a task brings along; flags and --config win
     "randomwalks": dict(
-        max_length=32, max_new_tokens=9, eval_samples=50, eval_every=20, total_episodes=15360, rollout_batch_size=256,
-        ppo_epochs=2, batch_size=64, learning_rate=3e-4, warmup_steps=10, kl_coef=0.01, reward_clip=1.0),
+        max_length=32, max_new_tokens=9, eval_samples=50, eval_every=20, total_episodes=20480, rollout_batch_size=256,
+        ppo_epochs=2, batch_size=64, learning_rate=3e-4, warmup_steps=10, kl_coef=0.005, reward_clip=1.0),
     "sentiment": dict(prompts="stanfordnlp/imdb:train", eval_prompts="stanfordnlp/imdb:test", prompt_words=4),
 }
 RESUMABLE = (  # settings that may differ between a run and its resumption
@@ -230,8 +231,13 @@ RESUMABLE = (  # settings that may differ between a run and its resumption
 
 def preset(args: Args) -> dict:
     """The defaults of the task that the flags choose. Prompts of the user's own are evaluated on, too."""
-    chosen = PRESETS.get(args.reward, {})
+    chosen = PRESETS.get(args.reward or ("randomwalks" if args.model is None else ""), {})
     return {name: value for name, value in chosen.items() if not (args.prompts and name == "eval_prompts")}
+
+
+def arguments(**flags) -> Args:
+    """Args with the defaults of the task that the flags choose, as the command line makes them."""
+    return Args(**{**preset(Args(**flags)), **flags})
 
 
 def check(args: Args, reward_fn: Callable | None = None) -> None:
@@ -241,12 +247,16 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
                 "generation_batch_size", "reward_batch_size", "kl_target", "kl_horizon", "eval_every", "eval_samples",
                 "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size")
     not_negative = ("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value", "gamma",
-                    "lam", "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank")
+                    "lam", "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "adam_beta1",
+                    "adam_beta2", "missing_eos_penalty")
     for name in positive + not_negative:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in not_negative))):
             bound = "more than 0" if name in positive else "0 or more"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {bound}")
+    for name in ("gamma", "lam", "adam_beta1", "adam_beta2"):
+        if getattr(args, name) > 1 or (getattr(args, name) == 1 and name.startswith("adam")):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: is too large; 1 is the bound")
     allowed = {"eval_temperature": lambda value: 0 <= value < math.inf, "eval_top_k": lambda value: value >= 0,
                "eval_top_p": lambda value: 0 < value <= 1, "stop": bool}
     for name, allow in allowed.items():
@@ -257,9 +267,6 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1 for all, or at least 1")
     if args.min_new_tokens > args.max_new_tokens:
         raise UserError(f"--min-new-tokens {args.min_new_tokens} is more than --max-new-tokens {args.max_new_tokens}")
-    if args.max_length <= args.max_new_tokens:
-        raise UserError(f"--max-length {args.max_length} leaves no room for a prompt beside --max-new-tokens "
-                        f"{args.max_new_tokens}: raise the one or lower the other")
     if args.batch_size > args.rollout_batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than a rollout holds: at most --rollout-batch-size "
                         f"{args.rollout_batch_size}")
@@ -268,12 +275,38 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
                         f"{args.rollout_batch_size}")
     if args.lora_rank and args.num_layers_unfrozen != -1:
         raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
-    if args.model is None and args.reward != "randomwalks" and reward_fn is None:
+    if args.model is None and args.reward not in (None, "randomwalks") and reward_fn is None:
         raise UserError(f"--reward {args.reward} needs a --model")
+    if args.model is not None and args.reward is None and reward_fn is None:
+        raise UserError(f"--model {args.model} needs a --reward: randomwalks, sentiment, file.py:function or a model")
+    if args.reward_device and args.reward_device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--reward-device {args.reward_device}: there is no GPU here")
     if args.reward_model and args.reward != "sentiment":
         raise UserError("--reward-model is for --reward sentiment; give another classifier as --reward PATH")
     if args.reference_std is not None and (args.reward_scaling != "reference" or args.reference_std <= 0):
         raise UserError("--reference-std is for --reward-scaling reference, and must be more than 0")
+
+
+def output_room(args: Args, config) -> int:
+    """Tokens that a prompt may have. Raises UserError where the lengths do not fit each other or the model."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    longest = args.max_length or min(1024, positions)
+    if longest > positions:
+        raise UserError(f"--max-length {longest}: the model has {positions} positions")
+    if longest <= args.max_new_tokens:
+        raise UserError(f"--max-length {longest} leaves no room for a prompt beside --max-new-tokens "
+                        f"{args.max_new_tokens}: raise the one or lower the other")
+    return longest - args.max_new_tokens
+
+
+def end_tokens(tokenizer, path: str) -> tuple[int, ...]:
+    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models')."""
+    try:
+        extra = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has none
+        extra = None
+    extra = extra if isinstance(extra, list) else [extra]
+    return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
 
 
 # --- prompts and rewards ----------------------------------------------------------------------------------------------
@@ -281,8 +314,10 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
 
 def load_reward(args: Args, device: torch.device) -> Callable:
     """The reward function that `--reward` names. Raises UserError where there is none."""
-    if args.reward == "randomwalks":
+    if args.reward in (None, "randomwalks"):
         return random_walks(args.seed).reward
+    if args.reward_on == "rank0" and dist.get_rank():
+        return lambda **_: []  # never called
     if args.reward != "sentiment" and ":" in args.reward and not os.path.exists(args.reward):
         return load_function(args.reward, "--reward")
     path = (args.reward_model or "lvwerra/distilbert-imdb") if args.reward == "sentiment" else args.reward
@@ -330,9 +365,8 @@ def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) ->
     scores = [[max(-limit, min(limit, value)) for value in score] for score in scores]
     if args.reward_scaling == "running" or not moments[0]:
         moments = update_moments(moments, torch.tensor([sum(score) for score in scores], dtype=torch.float64))
-    scale = 1.0
-    if args.reward_scaling != "none":
-        scale = (args.reference_std or math.sqrt(moments[2] / max(1, moments[0] - 1))) + 1e-8
+    std = args.reference_std or math.sqrt(moments[2] / max(1, moments[0] - 1))
+    scale = std if args.reward_scaling != "none" and std > 1e-6 else 1.0  # equal scores have no scale
     scores = [[value / scale for value in score] for score in scores]
     for score, ended in zip(scores, finished):
         score[-1] -= 0.0 if ended else args.missing_eos_penalty
@@ -488,16 +522,16 @@ def score_tokens(
     return dict(zip(("logprobs", "ref_logprobs", "values", "entropy"), whole.unbind(-1))) | {"mask": mask}
 
 
-def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int) -> None:
+def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int, dtype: torch.dtype) -> None:
     """Stop before the first update if this model cannot be trained rightly: the sampler's log-probs must be those of
-    the training forward, and at step 0 the reference's must be the policy's. Rounding in bfloat16 is let through."""
+    the training forward, and at step 0 the reference's must be the policy's, but for rounding."""
     gaps = {"the sampler's log-probs differ from the training forward's": sampled - data["logprobs"]}
     if step == 0:
         gaps["the reference differs from the untrained policy"] = data["ref_logprobs"] - data["logprobs"]
     for what, gap in gaps.items():
         mean = gap[data["mask"]].abs().mean().item()
-        if not mean < 0.05:
-            raise UserError(f"{what} by {mean:.3f} nats a token: this architecture is not handled rightly here")
+        if not mean < (1e-3 if dtype == torch.float32 else 3e-2):
+            raise UserError(f"{what} by {mean:.4f} nats a token: this architecture is not handled rightly here")
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -541,11 +575,11 @@ def evaluate(
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def build(args: Args, path: str, device: torch.device, rules: LogitRules) -> tuple[LanguageModel, Callable, object]:
+def build(
+    args: Args, path: str, dtype: torch.dtype, device: torch.device, rules: LogitRules
+) -> tuple[LanguageModel, Callable, object]:
     """The sharded policy with its value head, the reference's log-probs as a function of a batch (to be called right
     after the policy's forward on it), and peft's wrapper if there is one."""
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
-    dtype = getattr(torch, dtype)
     options = dict(shard_size=args.shard_size, offload=args.offload)
     lm, lora, twin = load_lm(path), None, None
     branch = top_copy(lm, args.num_value_layers, whole=False, detach=False) if args.num_value_layers else None
@@ -556,8 +590,8 @@ def build(args: Args, path: str, device: torch.device, rules: LogitRules) -> tup
     else:
         twin = top_copy(lm, args.num_layers_unfrozen, whole=True, detach=True)
         freeze_below(lm, twin)
-    if args.gradient_checkpointing:
-        checkpoint_blocks(lm)
+    for module in filter(None, (lm, branch) if args.gradient_checkpointing else ()):
+        checkpoint_blocks(module)
     model = LanguageModel(lm, branch=branch)
     model.heads["value"] = make_head(model.width, 1)
     prepare(model, dtype, device, **options)
@@ -616,8 +650,9 @@ def update(
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(norm):
-            path = f"{folder}/nonfinite-step-{state['step']}-rank-{dist.get_rank()}.pt"
-            torch.save({"rows": minibatch, "prompts": prompts, "responses": responses, **data}, path)
+            path = f"{folder}/nonfinite-step-{state['step']}.pt"
+            if dist.get_rank() == 0:
+                torch.save({"rows": minibatch, "prompts": prompts, "responses": responses, **data}, path)
             raise UserError(f"step {state['step']}: the gradient is {norm}; its batch is in {path}, nothing else was "
                             "written. Lower --learning-rate, or look at the scores")
         rate = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
@@ -635,7 +670,7 @@ def update(
 
 
 def train(
-    args: Args,
+    args: Args | None = None,
     reward_fn: Callable | None = None,
     prompts: list | None = None,
     eval_prompts: list | None = None,
@@ -648,9 +683,10 @@ def train(
     reward_fn(samples, prompts, outputs, tokenizer, **metadata) -> for each sample a number, or a list of numbers, one
     for each output token; it replaces --reward. metric_fn, called alike at evaluation -> {name: list or number}. Each
     gets those arguments that it accepts, output_ids (the sampled ids) among them. prompts, eval_prompts: texts, or rows
-    with a prompt and metadata. logit_mask: (V, V) bool, [i, j] forbids token j after token i. Raises UserError for what
-    the user can mend.
+    with a prompt and metadata. logit_mask: (V, V) bool, [i, j] forbids token j after token i. args: see `arguments`;
+    random walks by default. Raises UserError for what the user can mend.
     """
+    started, args = time.time(), args or arguments()
     check(args, reward_fn)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -660,7 +696,7 @@ def train(
     on_walks = args.model is None or (args.reward == "randomwalks" and reward_fn is None)
     walks = random_walks(args.seed) if on_walks else None
     path = args.model or f"{folder}/start"
-    if args.model is None and not os.path.exists(path):
+    if args.model is None and broadcast(not os.path.exists(path)):
         say("fitting a small GPT-2 to 1000 random walks ...")
         if dist.get_rank() == 0:
             cloned_walker(walks, args.seed).save_pretrained(path + ".tmp")
@@ -672,13 +708,20 @@ def train(
     metric_fn = metric_fn or (walks.metric if walks else None)
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
     eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)
-    eval_rows = eval_rows[: args.num_eval_prompts]
+    count = min(args.num_eval_prompts, len(eval_rows))
+    eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]  # spread evenly: files are often sorted
     stop = list(args.stop if stop_sequences is None else stop_sequences)
 
     # --- models
-    rules = LogitRules(args.temperature, () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
-                       args.min_new_tokens, logit_mask)
-    model, reference, lora = build(args, path, device, rules)
+    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    if logit_mask is not None:
+        if logit_mask.dtype != torch.bool or logit_mask.ndim != 2 or logit_mask.all(1).any():
+            raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
+        logit_mask = logit_mask.to(device)
+    rules = LogitRules(args.temperature, end_tokens(tokenizer, path), args.min_new_tokens, logit_mask)
+    torch.manual_seed(args.seed)  # the value head is the same on every rank, whatever was drawn before
+    model, reference, lora = build(args, path, dtype, device, rules)
+    try_out(model)
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -686,7 +729,7 @@ def train(
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, fused=True)
-    room = args.max_length - args.max_new_tokens
+    room = output_room(args, model.lm.config.get_text_config())
     ids, cut = encode_prompts(rows, tokenizer, room, args.truncation_side, model.seq2seq)
     eval_ids, eval_cut = encode_prompts(eval_rows, tokenizer, room, args.truncation_side, model.seq2seq)
     if any(cut + eval_cut):
@@ -701,7 +744,7 @@ def train(
              "best": -math.inf}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
-    log = RunLog(folder, args, state["step"], steps, args.track)
+    log = RunLog(folder, args, state["step"], steps, args.track, started)
     evaluation = (model, tokenizer, eval_ids, eval_rows, rules, reward_fn, metric_fn, stop, args)
     if not checkpoint:
         state["before"], samples = evaluate(*evaluation)
@@ -724,7 +767,7 @@ def train(
         mask = data["mask"]
         sampled = pad_sequence([torch.tensor(item["logprobs"]) for item in items], batch_first=True)
         if step == first_step:
-            check_start(sampled, data, step)
+            check_start(sampled, data, step, dtype)
         rollout_seconds = time.time() - started
 
         # advantages: every rank has the whole rollout and computes the same numbers
@@ -741,6 +784,10 @@ def train(
         # update
         metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, folder,
                           device)
+        rounding = 1e-2 if dtype == torch.float32 else 0.5
+        if step == first_step and not metrics["policy/first_ratio_error"] < rounding:
+            raise UserError(f"the first ratio is off by {metrics['policy/first_ratio_error']:.3f}: the update's "
+                            "forward disagrees with the rollout's, so this architecture is not handled rightly here")
         mean_kl = (kl * mask).sum().item() / len(items)
         state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())
@@ -778,7 +825,8 @@ def train(
     export(model, tokenizer, f"{folder}/model", lora)
     if state["step"] > first_step:
         say(table("after training", samples[:: max(1, len(samples) // 5)][:5]))
-    say("; ".join(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in state["after"].items())
+    after = state.get("after", state["before"])
+    say("; ".join(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in after.items())
         + f"; model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 

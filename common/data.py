@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -165,8 +166,10 @@ def load_function(spec: str, flag: str) -> Callable:
         if path.endswith(".py"):
             found = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
             module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module  # dataclasses and pickle look there
             found.loader.exec_module(module)
         else:
+            sys.path.append(os.getcwd())
             module = importlib.import_module(path)
         function = getattr(module, name)
     except (FileNotFoundError, ImportError, AttributeError, ValueError) as error:

@@ -118,20 +118,20 @@ def shard(
         mesh = init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
     offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
 
-    def fully(module, param_dtype):
+    def fully(module, param_dtype, **options):
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy, **options)
 
     blocks = [block for blocks in block_lists(model) for block in blocks if next(block.parameters(), None) is not None]
     if not blocks:
         raise UserError(f"found no list of blocks in a {type(model).__name__}: this architecture cannot be sharded")
-    if device.type == "cuda" and not offload:
-        model.to(device)
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     for block in dict.fromkeys(blocks):
         fully(block, dtype)
     for module in fp32:
         fully(module, torch.float32)
-    fully(model, dtype)
+    # a trained root stays gathered from its forward to its backward, which a reference never has
+    fully(model, dtype, reshard_after_forward=not trained)
     for name in methods:
         register_fsdp_forward_method(model, name)
 
@@ -151,7 +151,6 @@ def unsharded(model: nn.Module, keep_sharded: bool = False):
     finally:
         for module in groups:
             module.reshard()
-            # FSDP's own default: a root stays gathered from its forward to its backward
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
@@ -175,7 +174,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
         if parameter.requires_grad:
             if not optimizer.state[parameter]:
                 moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter].update(step=torch.zeros(()), **moments)
+                optimizer.state[parameter].update(step=torch.zeros((), device=parameter.device), **moments)
             tensors[f"model.{name}"] = parameter.detach()
             tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return tensors
@@ -206,11 +205,19 @@ def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
             json.dump(state, file, indent=1)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(path + ".tmp", path)
+        put_in_place(path)
         for old in checkpoints(os.path.dirname(path))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def put_in_place(path: str) -> None:
+    """Rename the folder `path`.tmp to `path`, which may exist: it goes only when the new one is there."""
+    shutil.rmtree(path + ".old", ignore_errors=True)
+    if os.path.exists(path):
+        os.replace(path, path + ".old")
+    os.replace(path + ".tmp", path)
+    shutil.rmtree(path + ".old", ignore_errors=True)
 
 
 def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from common.cli import UserError
 from common.distributed import gather_rows, rank_rows, unsharded
-from common.models import LanguageModel, LogitRules, pad_rows
+from common.models import LanguageModel, LogitRules, collate, pad_rows
 
 
 @dataclass
@@ -59,7 +60,7 @@ def stop_checker(tokenizer, stop_sequences: list[str]) -> Callable[[list[int]], 
         return None
     # A stop sequence can spread over as many tokens as it has bytes; a few more give the decoder its context.
     reach = max(len(stop.encode()) for stop in stop_sequences) + 4
-    return lambda ids: find_stop(tokenizer.decode(ids[-reach:], skip_special_tokens=True), stop_sequences) >= 0
+    return lambda ids: find_stop(tokenizer.decode(ids[-reach:]), stop_sequences) >= 0
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def generate(
 
     Rows that have ended leave the batch, and the cache, once they are a quarter of it.
     """
-    device = next(model.parameters()).device
+    device = model.device
     max_new_tokens = uniforms.shape[1]
     result = Generation([[] for _ in prompts], [[] for _ in prompts], [False] * len(prompts))
     if not max_new_tokens or not (prompts or synced):
@@ -127,6 +128,18 @@ def generate(
         ids, previous = tokens[:, None], tokens
         mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return result
+
+
+def try_out(model: LanguageModel) -> None:
+    """Generate and score a few tokens. Raises UserError, in one line, for an architecture that cannot be handled."""
+    prompts = [[0], [0, 0, 0]]
+    try:
+        responses = generate(model, prompts, torch.full((2, 2), 0.5), synced=True).tokens
+        with torch.no_grad():
+            model(**collate(prompts, responses, model.start_id, model.device))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        name, reason = type(model.lm).__name__, str(error).strip().splitlines()[0][:160]
+        raise UserError(f"--model: a {name} cannot be sampled from and scored here ({reason})") from error
 
 
 def sample_texts(

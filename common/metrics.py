@@ -26,7 +26,8 @@ def open_run(args, name: str, free: tuple[str, ...]) -> tuple[str, str | None]:
     """Choose and create the run directory; return it and the checkpoint to resume from, if any.
 
     Without `--output-dir` it is `runs/NAME`, with -2, -3, ... where that is taken. `--resume auto` takes the newest
-    checkpoint of the directory, `--resume PATH` that one; it must be of a run with equal settings but for those `free`.
+    checkpoint of the directory, or starts afresh where there is none; `--resume PATH` takes that one. It must be of a
+    run with equal settings but for those `free`; later checkpoints beside it go, as their steps will be taken again.
     Raises UserError for a directory that cannot be written or that holds another run.
     """
     answer = None
@@ -53,21 +54,24 @@ def _open_run(args, name, free):
         taken = [folder for folder in names if os.path.exists(f"{folder}/args.yaml")]
         if args.resume:
             found = [path for folder in taken for path in checkpoints(f"{folder}/checkpoints")[-1:]]
-            if not found:
-                raise UserError(f"--resume auto: no checkpoint in {base}; start without --resume and with --save-every")
-            checkpoint, folder = found[-1], os.path.dirname(os.path.dirname(found[-1]))
+            checkpoint = found[-1] if found else None
+            folder = os.path.dirname(os.path.dirname(found[-1])) if found else base
         elif args.output_dir and taken:
             raise UserError(f"--output-dir {base}: holds a run already; add --resume auto, or choose another folder")
         else:
             folder = next(folder for folder in names if folder not in taken)
     settings = dataclasses.asdict(args)
     if checkpoint:
-        before = read_state(checkpoint)["args"]
+        state = read_state(checkpoint)
+        before = state["args"]
         for key in settings:
             if key not in free and settings[key] != before.get(key):
                 flag = f"--{key.replace('_', '-')}"
                 raise UserError(f"--resume {checkpoint}: is of another run: its {flag} was {before.get(key)}, "
                                 f"not {settings[key]}")
+        for later in checkpoints(os.path.dirname(os.path.abspath(checkpoint))):
+            if int(later.rsplit("-", 1)[1]) > state["step"]:
+                shutil.rmtree(later)
     os.makedirs(f"{folder}/checkpoints", exist_ok=True)
     return folder, checkpoint
 
@@ -78,8 +82,8 @@ class RunLog:
     After a resume, lines of steps later than `step` are dropped: they are about to be made again.
     """
 
-    def __init__(self, folder: str, args, step: int, total: int, track: bool):
-        self.folder, self.main, self.wandb, self.start = folder, dist.get_rank() == 0, None, time.time()
+    def __init__(self, folder: str, args, step: int, total: int, track: bool, started: float):
+        self.folder, self.main, self.wandb, self.start = folder, dist.get_rank() == 0, None, started
         if not self.main:
             return
         with open(f"{folder}/args.yaml", "w") as file:

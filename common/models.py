@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
-from common.distributed import block_lists, full_state_dict, shard
+from common.distributed import block_lists, full_state_dict, put_in_place, shard
 
 transformers.logging.disable_progress_bar()  # the run has its own
 CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
@@ -151,8 +151,7 @@ def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
             lm.generation_config, state = generation_config, lm.state_dict()
         lm.save_pretrained(folder + ".tmp", state_dict=state)
         tokenizer.save_pretrained(folder + ".tmp")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(folder + ".tmp", folder)
+        put_in_place(folder)
     dist.barrier()
 
 
@@ -230,7 +229,9 @@ class _Given(nn.Module):
     """Stands in for a trunk: returns the hidden states it is given, so that a model's forward runs its head alone."""
 
     def forward(self, *_, inputs_embeds=None, **__):
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        output.router_logits = None  # mixtures of experts look for it
+        return output
 
 
 def _replaced(root: nn.Module, target: nn.Module, new: nn.Module) -> nn.Module:
@@ -274,6 +275,7 @@ class LanguageModel(nn.Module):
         if trunk is lm or lm.get_output_embeddings() is None:
             raise UserError(f"{type(lm).__name__} has no trunk apart from a language-model head: it cannot be trained")
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+        self.device = next(lm.parameters()).device
         self._head = (_replaced(lm, trunk, _Given()),)  # in a tuple, or its parameters would be registered twice
 
     @property
@@ -354,6 +356,7 @@ class LanguageModel(nn.Module):
 def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **options) -> LanguageModel:
     """Shard a model for training or as a reference (see `distributed.shard`); its heads compute in float32."""
     shard(model, dtype, device, fp32=list(model.heads.values()), methods=("encode", "decode"), **options)
+    model.device = device  # not that of its parameters, where those are offloaded
     return model
 
 
@@ -436,5 +439,7 @@ def freeze_below(lm: PreTrainedModel, twin: PreTrainedModel) -> None:
 
 
 def frozen(lm: PreTrainedModel, dtype: torch.dtype) -> LanguageModel:
-    """`lm` as a frozen reference, held in the precision that the policy computes in."""
-    return LanguageModel(lm.requires_grad_(False).to(dtype))
+    """`lm` as a frozen reference, its weights held in the precision that the policy computes in."""
+    for parameter in lm.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(dtype)  # not its buffers: rotary frequencies stay float32, as the policy's
+    return LanguageModel(lm)

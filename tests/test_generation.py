@@ -358,7 +358,7 @@ def test_stop_checker_looks_at_the_end_only_and_at_bytes():
     """It decodes a few last tokens, not all each time; a stop sequence of many bytes is still found."""
     seen = []
 
-    def decode(ids, skip_special_tokens):
+    def decode(ids):
         seen.append(len(ids))
         return "".join(map(chr, ids))
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,7 +149,8 @@ def test_presets_lie_under_yaml_and_flags(yaml_file):
 
 @pytest.mark.parametrize("words,parts", [
     (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
-    (["--model", "{model}", "--prompts", "missing.jsonl"], ["--prompts missing.jsonl", "no such file"]),
+    (["--model", "{model}", "--reward", "json:loads", "--prompts", "missing.jsonl"],
+     ["--prompts missing.jsonl", "no such file"]),
     (["--model", "no/such-model", "--reward", "json:loads"], ["--model", "no/such-model"]),
 ], ids=["flag", "prompts", "model"])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(words, parts, model_path, tmp_path):
@@ -177,7 +179,14 @@ def test_help_lists_every_flag(tmp_path):
         total_episodes=0, rollout_batch_size=0, ppo_epochs=0, batch_size=-4, micro_batch_size=0, learning_rate=0.0,
         max_new_tokens=0, temperature=0.0, generation_batch_size=0, reward_batch_size=0, eval_every=0,
         num_eval_prompts=0, eval_samples=0, keep_checkpoints=0).items()],
-    (dict(max_length=40, max_new_tokens=40), ["--max-length 40", "--max-new-tokens 40"]),
+    *[({name: value}, [f"--{name.replace('_', '-')}"]) for name, values in dict(
+        max_steps=[0, -1], shard_size=[0], kl_target=[0.0], kl_horizon=[0], reward_clip=[-1.0], prompt_words=[-1],
+        warmup_steps=[-1], save_every=[-1], clip_range=[-1.0], seed=[-1], lora_rank=[-1], num_value_layers=[-1],
+        num_layers_unfrozen=[0, -2], min_new_tokens=[41], eval_temperature=[[], [-1.0]], eval_top_k=[[-1], []],
+        eval_top_p=[[0.0], [1.1]], stop=[[""]], temperature=[float("nan")], learning_rate=[float("inf")],
+        gamma=[1.5], lam=[2.0], adam_beta1=[1.0], adam_beta2=[1.5], missing_eos_penalty=[float("nan")],
+        reward_device=["cuda:7"]).items() for value in values],
+    (dict(model="x"), ["--model x", "--reward"]),
     (dict(batch_size=129), ["--batch-size 129", "--rollout-batch-size 128"]),
     (dict(total_episodes=127), ["--total-episodes 127", "--rollout-batch-size 128"]),
     (dict(lora_rank=8, num_layers_unfrozen=2), ["--num-layers-unfrozen", "--lora-rank"]),
@@ -189,6 +198,19 @@ def test_help_lists_every_flag(tmp_path):
 def test_impossible_settings_name_their_flag(flags, parts):
     with refused(*parts):
         ppo.check(ppo.Args(**flags))
+
+
+@pytest.mark.parametrize("flags,positions,room", [
+    (dict(max_length=41), None, 1), (dict(max_length=40), None, "--max-length 40.*--max-new-tokens 40"),
+    (dict(), 64, 24), (dict(), None, 984), (dict(), 2048, 984), (dict(max_length=65), 64, "--max-length 65: the model has 64 positions"),
+    (dict(max_new_tokens=64), 64, "--max-length 64.*--max-new-tokens 64")])
+def test_lengths_fit_each_other_and_the_model(flags, positions, room):
+    config = SimpleNamespace(max_position_embeddings=positions)
+    if isinstance(room, int):
+        assert ppo.output_room(ppo.Args(**flags), config) == room
+    else:
+        with pytest.raises(UserError, match=room):
+            ppo.output_room(ppo.Args(**flags), config)
 
 
 def test_possible_settings_pass():
