@@ -39,10 +39,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
 
-from common.cli import UserError, run
-from common.data import call, check_scores, encode_prompts, load_function, prompt_rows, read_rows, shuffled
+from common.cli import UserError, check_bounds, run
+from common.data import call, check_scores, encode_prompts, load_function, load_prompts, prompt_room, shuffled
 from common.distributed import broadcast, gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint
 from common.generation import noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, say, table
@@ -52,6 +51,7 @@ from common.models import (
     add_lora,
     checkpoint_blocks,
     collate,
+    end_tokens,
     export,
     freeze_below,
     frozen,
@@ -242,27 +242,22 @@ def arguments(**flags) -> Args:
 
 def check(args: Args, reward_fn: Callable | None = None) -> None:
     """Refuse settings that cannot work, in one line that names the flag."""
-    positive = ("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "max_steps",
-                "learning_rate", "adam_epsilon", "max_grad_norm", "max_new_tokens", "temperature", "reward_clip",
-                "generation_batch_size", "reward_batch_size", "kl_target", "kl_horizon", "eval_every", "eval_samples",
-                "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size")
-    not_negative = ("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value", "gamma",
-                    "lam", "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "adam_beta1",
-                    "adam_beta2", "missing_eos_penalty")
-    for name in positive + not_negative:
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in not_negative))):
-            bound = "more than 0" if name in positive else "0 or more"
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {bound}")
-    for name in ("gamma", "lam", "adam_beta1", "adam_beta2"):
-        if getattr(args, name) > 1 or (getattr(args, name) == 1 and name.startswith("adam")):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: is too large; 1 is the bound")
+    check_bounds(
+        args,
+        positive=("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "max_steps",
+                  "learning_rate", "adam_epsilon", "max_grad_norm", "max_new_tokens", "temperature", "reward_clip",
+                  "generation_batch_size", "reward_batch_size", "kl_target", "kl_horizon", "eval_every", "eval_samples",
+                  "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size"),
+        not_negative=("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value",
+                      "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "missing_eos_penalty"),
+        unit=("gamma", "lam", "adam_beta1", "adam_beta2"))
     allowed = {"eval_temperature": lambda value: 0 <= value < math.inf, "eval_top_k": lambda value: value >= 0,
                "eval_top_p": lambda value: 0 < value <= 1, "stop": bool}
     for name, allow in allowed.items():
         values = getattr(args, name)
         if not all(map(allow, values)) or (not values and name != "stop"):
-            raise UserError(f"--{name.replace('_', '-')} {' '.join(map(repr, values))}: has a value that means nothing")
+            given = " ".join(map(repr, values))
+            raise UserError(f"--{name.replace('_', '-')} {given}: has a value that means nothing")
     if args.num_layers_unfrozen == 0 or args.num_layers_unfrozen < -1:
         raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1 for all, or at least 1")
     if args.min_new_tokens > args.max_new_tokens:
@@ -287,28 +282,6 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         raise UserError("--reference-std is for --reward-scaling reference, and must be more than 0")
 
 
-def output_room(args: Args, config) -> int:
-    """Tokens that a prompt may have. Raises UserError where the lengths do not fit each other or the model."""
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    longest = args.max_length or min(1024, positions)
-    if longest > positions:
-        raise UserError(f"--max-length {longest}: the model has {positions} positions")
-    if longest <= args.max_new_tokens:
-        raise UserError(f"--max-length {longest} leaves no room for a prompt beside --max-new-tokens "
-                        f"{args.max_new_tokens}: raise the one or lower the other")
-    return longest - args.max_new_tokens
-
-
-def end_tokens(tokenizer, path: str) -> tuple[int, ...]:
-    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models')."""
-    try:
-        extra = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # it has none
-        extra = None
-    extra = extra if isinstance(extra, list) else [extra]
-    return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
-
-
 # --- prompts and rewards ----------------------------------------------------------------------------------------------
 
 
@@ -324,16 +297,6 @@ def load_reward(args: Args, device: torch.device) -> Callable:
     flag = "--reward-model" if args.reward == "sentiment" else "--reward"
     classify = load_classifier(path, flag, args.reward_device or device, args.reward_batch_size)
     return lambda samples, **_: classify(samples)
-
-
-def load_prompts(given: list | None, path: str | None, flag: str, default: list, words: int | None) -> list[dict]:
-    """Prompt rows from a list, else a file or Hub data set, else the default; of each text the first `words` words."""
-    rows = read_rows(path, flag) if given is None and path else default if given is None else given
-    rows = prompt_rows(rows, f"{flag} {path}" if given is None and path else flag)
-    for row in rows:
-        if words and isinstance(row["prompt"], str):
-            row["prompt"] = " ".join(row["prompt"].split()[:words])
-    return rows
 
 
 def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
@@ -729,7 +692,7 @@ def train(
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, fused=True)
-    room = output_room(args, model.lm.config.get_text_config())
+    room = prompt_room(args.max_length, args.max_new_tokens, model.lm.config.get_text_config())
     ids, cut = encode_prompts(rows, tokenizer, room, args.truncation_side, model.seq2seq)
     eval_ids, eval_cut = encode_prompts(eval_rows, tokenizer, room, args.truncation_side, model.seq2seq)
     if any(cut + eval_cut):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import sys
@@ -89,6 +90,17 @@ def parse(args_class, preset=None, words: list[str] | None = None):
         words = _flags_of(path, args_class()) + words
     args = _cli(args_class(), words)
     return _cli(args_class(**preset(args)), words) if preset else args
+
+
+def check_bounds(args, positive: tuple[str, ...], not_negative: tuple[str, ...], unit: tuple[str, ...]) -> None:
+    """Raise UserError for a number among the named settings that is not finite or is out of bounds: more than 0, 0 or
+    more, 0 to 1. None is within all bounds."""
+    for names, bound in ((positive, "more than 0"), (not_negative, "0 or more"), (unit, "from 0 to 1")):
+        for name in names:
+            value = getattr(args, name)
+            inside = value is None or (math.isfinite(value) and value >= 0 and (value > 0 or names is not positive))
+            if not inside or (names is unit and value > 1):
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {bound}")
 
 
 def run(train, args_class, preset=None) -> None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -108,6 +109,29 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
         rows.append(row)
     columns = set().union(*rows) if len({frozenset(row) for row in rows}) > 1 else set()
     return [dict.fromkeys(columns) | row for row in rows]  # every row has every column, None where it was missing
+
+
+def load_prompts(given: list | None, path: str | None, flag: str, default: list, words: int | None) -> list[dict]:
+    """Prompt rows from a list, else a file or Hub data set, else the default; of each text the first `words` words."""
+    rows = read_rows(path, flag) if given is None and path else default if given is None else given
+    rows = prompt_rows(rows, f"{flag} {path}" if given is None and path else flag)
+    for row in rows:
+        if words and isinstance(row["prompt"], str):
+            row["prompt"] = " ".join(row["prompt"].split()[:words])
+    return rows
+
+
+def prompt_room(max_length: int | None, max_new_tokens: int, config) -> int:
+    """Tokens that a prompt may have beside max_new_tokens; without a max_length, as many as the model has positions, at
+    most 1024 in all. Raises UserError where the lengths do not fit each other or the model's config."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    longest = max_length or min(1024, positions)
+    if longest > positions:
+        raise UserError(f"--max-length {longest}: the model has {positions} positions")
+    if longest <= max_new_tokens:
+        raise UserError(f"--max-length {longest} leaves no room for a prompt beside --max-new-tokens "
+                        f"{max_new_tokens}: raise the one or lower the other")
+    return longest - max_new_tokens
 
 
 def encode_prompts(

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     pipeline,
 )
@@ -67,6 +68,16 @@ def _readable(flag: str, path: str):
         if os.path.isdir(path):
             what = "the folder holds nothing that transformers can load"
         raise UserError(f"{flag} {path}: {what} ({str(error).strip().splitlines()[0][:160]})") from None
+
+
+def end_tokens(tokenizer, path: str) -> tuple[int, ...]:
+    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models')."""
+    try:
+        extra = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has none
+        extra = None
+    extra = extra if isinstance(extra, list) else [extra]
+    return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
 
 
 def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[list[str]], list[float]]:

@@ -19,7 +19,7 @@ from tokenizers import processors
 import ppo
 from common import cli
 from common.cli import UserError
-from common.data import call, check_scores, encode_prompts, load_function, prompt_rows, read_rows, shuffled
+from common.data import call, check_scores, encode_prompts, load_function, prompt_room, prompt_rows, read_rows, shuffled
 from common.randomwalks import LETTERS, random_walks
 from common.randomwalks import tokenizer as walks_tokenizer
 
@@ -184,7 +184,7 @@ def test_help_lists_every_flag(tmp_path):
         warmup_steps=[-1], save_every=[-1], clip_range=[-1.0], seed=[-1], lora_rank=[-1], num_value_layers=[-1],
         num_layers_unfrozen=[0, -2], min_new_tokens=[41], eval_temperature=[[], [-1.0]], eval_top_k=[[-1], []],
         eval_top_p=[[0.0], [1.1]], stop=[[""]], temperature=[float("nan")], learning_rate=[float("inf")],
-        gamma=[1.5], lam=[2.0], adam_beta1=[1.0], adam_beta2=[1.5], missing_eos_penalty=[float("nan")],
+        gamma=[1.5], lam=[2.0], adam_beta1=[-0.1], adam_beta2=[1.5], missing_eos_penalty=[float("nan")],
         reward_device=["cuda:7"]).items() for value in values],
     (dict(model="x"), ["--model x", "--reward"]),
     (dict(batch_size=129), ["--batch-size 129", "--rollout-batch-size 128"]),
@@ -202,15 +202,16 @@ def test_impossible_settings_name_their_flag(flags, parts):
 
 @pytest.mark.parametrize("flags,positions,room", [
     (dict(max_length=41), None, 1), (dict(max_length=40), None, "--max-length 40.*--max-new-tokens 40"),
-    (dict(), 64, 24), (dict(), None, 984), (dict(), 2048, 984), (dict(max_length=65), 64, "--max-length 65: the model has 64 positions"),
+    (dict(), 64, 24), (dict(), None, 984), (dict(), 2048, 984),
+    (dict(max_length=65), 64, "--max-length 65: the model has 64 positions"),
     (dict(max_new_tokens=64), 64, "--max-length 64.*--max-new-tokens 64")])
 def test_lengths_fit_each_other_and_the_model(flags, positions, room):
-    config = SimpleNamespace(max_position_embeddings=positions)
+    args, config = ppo.Args(**flags), SimpleNamespace(max_position_embeddings=positions)
     if isinstance(room, int):
-        assert ppo.output_room(ppo.Args(**flags), config) == room
+        assert prompt_room(args.max_length, args.max_new_tokens, config) == room
     else:
         with pytest.raises(UserError, match=room):
-            ppo.output_room(ppo.Args(**flags), config)
+            prompt_room(args.max_length, args.max_new_tokens, config)
 
 
 def test_possible_settings_pass():
