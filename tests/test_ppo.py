@@ -327,12 +327,11 @@ def test_adaptive_kl_follows_its_target(model_path, tmp_path):
 
 
 def straight_and_resumed(tmp_path, model, flags, **options):
-    """Two equal runs, one of which is stopped after its checkpoint at step 2 of 4 and resumed."""
+    """Two equal runs of 4 steps; the second stops after 3 and goes on from its checkpoint of step 2."""
     flags = {**TINY, "total_episodes": 32, "eval_every": 2, "save_every": 2, "keep_checkpoints": 9, **flags}
     ppo.train(ppo.Args(model=model, output_dir=str(tmp_path / "a"), **flags), prompts=PROMPTS, **options)
-    stopped = ppo.Args(model=model, output_dir=str(tmp_path / "b"), max_steps=2, **flags)
-    ppo.train(stopped, prompts=PROMPTS, **options)
-    resumed = ppo.Args(model=model, output_dir=str(tmp_path / "b"), resume="auto", **flags)
+    ppo.train(ppo.Args(model=model, output_dir=str(tmp_path / "b"), max_steps=3, **flags), prompts=PROMPTS, **options)
+    resumed = ppo.Args(model=model, resume=str(tmp_path / "b" / "checkpoints" / "step-2"), **flags)
     ppo.train(resumed, prompts=PROMPTS, **options)
     return tmp_path / "a", tmp_path / "b"
 
