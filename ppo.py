@@ -42,7 +42,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import UserError, check_bounds, run
 from common.data import call, check_scores, encode_prompts, load_function, load_prompts, prompt_room, shuffled
-from common.distributed import broadcast, gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint
+from common.distributed import (
+    broadcast,
+    gather_rows,
+    generator,
+    init,
+    load_checkpoint,
+    rank_rows,
+    save_checkpoint,
+    sharded_parameters,
+)
 from common.generation import noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, say, table
 from common.models import (
@@ -687,7 +696,7 @@ def train(
     try_out(model)
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in sharded_parameters(model).values() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     betas = (args.adam_beta1, args.adam_beta2)

@@ -154,6 +154,15 @@ def unsharded(model: nn.Module, keep_sharded: bool = False):
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The sharded parameters by name, which an optimizer and a checkpoint hold. A root that has run without a backward
+    keeps its gathered copies in their place, so `model.parameters()` alone may give those."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
 def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state dict on rank 0's CPU, gathered one tensor at a time; an empty dict on the other ranks."""
     whole = {}
@@ -170,7 +179,7 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """All trained parameters and their Adam state by name. The tensors are the live ones: loading writes into them."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in sharded_parameters(model).items():
         if parameter.requires_grad:
             if not optimizer.state[parameter]:
                 moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
