@@ -13,7 +13,7 @@ Differences from the papers, and from trlX where it differs from them:
 4. Adam's epsilon is 1e-5, gradients are clipped to norm 1. No entropy bonus, no early stop.
 5. Random walks, the default task, starts from trlX's hyperparameters and changes these: 80 rollouts of 256 episodes
    with 2 epochs (trlX: 20 of 128 with 4), so that each start is sampled often; minibatches of 64 (100), since smaller
-   steps lost starts for good; a KL coefficient of 0.005 (0), which brings such starts back and ends the walk at the
+   steps lost starts for good; a KL coefficient of 0.01 (0), which brings such starts back and ends the walk at the
    goal; a learning rate that rises over 10 steps and falls to 0 (constant); vf_coef 0.1 (1.2).
 
 One step is one rollout of `--rollout-batch-size` episodes and its updates. Batch sizes are global: the same flags give
@@ -229,7 +229,7 @@ class Args:
 PRESETS = {  # defaults that a task brings along; flags and --config win
     "randomwalks": dict(
         max_length=32, max_new_tokens=9, eval_samples=50, eval_every=20, total_episodes=20480, rollout_batch_size=256,
-        ppo_epochs=2, batch_size=64, learning_rate=3e-4, warmup_steps=10, kl_coef=0.005, reward_clip=1.0),
+        ppo_epochs=2, batch_size=64, learning_rate=3e-4, warmup_steps=10, kl_coef=0.01, reward_clip=1.0),
     "sentiment": dict(prompts="stanfordnlp/imdb:train", eval_prompts="stanfordnlp/imdb:test", prompt_words=4),
 }
 RESUMABLE = (  # settings that may differ between a run and its resumption

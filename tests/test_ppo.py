@@ -491,7 +491,8 @@ def test_a_failing_rank_takes_the_other_down_with_its_message(started, tmp_path)
         "def reward(samples):\n    return [0.0] * (len(samples) + dist.get_rank())\n")
     begun = time.time()
     done = run_script("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--output-dir", str(tmp_path / "run"),
-                      "--reward", f"{tmp_path}/reward.py:reward", "--prompts", str(prompts_file(tmp_path)), processes=2)
+                      "--reward", f"{tmp_path}/reward.py:reward", "--prompts", str(prompts_file(tmp_path)),
+                      "--max-new-tokens", "9", processes=2)
     assert done.returncode != 0 and time.time() - begun < 60
     assert "[rank 1] ppo.py: error: the reward function returned" in done.stderr
 
