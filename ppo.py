@@ -79,6 +79,8 @@ from common.randomwalks import tokenizer as walks_tokenizer
 
 @dataclass
 class Args:
+    """PPO for language models. The head of this file explains the algorithm, README.md the metrics."""
+
     # model
     model: str | None = None
     """path or hub id of a causal or encoder-decoder LM; random walks makes its own when none is given"""

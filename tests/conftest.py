@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 from common.distributed import init  # noqa: E402
-from common.models import load_lm  # noqa: E402
 
 VOCABULARY = 61
 _IDS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -94,7 +93,6 @@ def model_path(tmp_path_factory):
             folder = str(tmp_path_factory.mktemp(architecture))
             tiny_lm(architecture).save_pretrained(folder)
             char_tokenizer().save_pretrained(folder)
-            load_lm(folder)
             made[architecture] = folder
         return made[architecture]
 

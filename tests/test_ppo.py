@@ -162,6 +162,16 @@ def test_user_objects_are_unchanged_and_metadata_reaches_the_function(model_path
         assert [text + output for text, output in zip(texts, outputs)] == samples
 
 
+def test_an_export_has_the_float32_weights_of_a_bfloat16_run(model_path, tmp_path):
+    """Also of the root, which a run that is kept sharded leaves gathered in bfloat16 after an evaluation: not copies of
+    that precision."""
+    args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), dtype="bfloat16", keep_sharded=True,
+                    **TINY)
+    model, _ = ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+    for name, weight in model.named_parameters():
+        assert not torch.equal(weight, weight.bfloat16().float()) or weight.unique().numel() < 3, name
+
+
 def test_default_prompt_is_the_bos_token(model_path, tmp_path):
     seen = []
 
