@@ -28,7 +28,7 @@ the same optimisation, and sample the same tokens up to rounding, on any number 
 
 import contextlib
 import dataclasses
-import itertools
+import functools
 import math
 import os
 import time
@@ -40,19 +40,29 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from common.cli import UserError, check_bounds, run
-from common.data import call, check_scores, encode_prompts, load_function, load_prompts, prompt_room, shuffled
+from common.cli import UserError, check_bounds, check_sampling, run
+from common.data import (
+    call,
+    check_scores,
+    encode_prompts,
+    evenly,
+    load_function,
+    load_prompts,
+    prompt_room,
+    shuffled,
+)
 from common.distributed import (
+    adamw,
     broadcast,
     gather_rows,
     generator,
     init,
     load_checkpoint,
+    optimizer_step,
     rank_rows,
     save_checkpoint,
-    sharded_parameters,
 )
-from common.generation import noise, sample_texts, try_out
+from common.generation import evaluate_samples, noise, sample_texts, text_columns, try_out
 from common.metrics import RunLog, open_run, say, table
 from common.models import (
     LanguageModel,
@@ -89,11 +99,11 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
     num_layers_unfrozen: int = -1
-    """train the top n blocks only; the reference then shares the frozen trunk. -1: all, with a whole reference copy"""
+    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
     num_value_layers: int = 0
     """give the value head a trainable copy of the top n blocks; 0: it reads the policy's last hidden state"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank, the reference being the model with adapters off; 0: train the weights"""
+    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -109,7 +119,7 @@ class Args:
     prompts: str | None = None
     """.jsonl[.gz], .json, .csv, .parquet or Hub data set name:split, with column prompt or text; none: the BOS token"""
     eval_prompts: str | None = None
-    """prompts for evaluation, in the same forms; none: the first training prompts"""
+    """prompts for evaluation, a file or Hub data set with column prompt or text; none: some of the run's own"""
     num_eval_prompts: int = 256
     """how many evaluation prompts to use at most"""
     prompt_words: int | None = None
@@ -262,15 +272,7 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         not_negative=("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value",
                       "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "missing_eos_penalty"),
         unit=("gamma", "lam", "adam_beta1", "adam_beta2"))
-    allowed = {"eval_temperature": lambda value: 0 <= value < math.inf, "eval_top_k": lambda value: value >= 0,
-               "eval_top_p": lambda value: 0 < value <= 1, "stop": bool}
-    for name, allow in allowed.items():
-        values = getattr(args, name)
-        if not all(map(allow, values)) or (not values and name != "stop"):
-            given = " ".join(map(repr, values))
-            raise UserError(f"--{name.replace('_', '-')} {given}: has a value that means nothing")
-    if args.num_layers_unfrozen == 0 or args.num_layers_unfrozen < -1:
-        raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1 for all, or at least 1")
+    check_sampling(args)
     if args.min_new_tokens > args.max_new_tokens:
         raise UserError(f"--min-new-tokens {args.min_new_tokens} is more than --max-new-tokens {args.max_new_tokens}")
     if args.batch_size > args.rollout_batch_size:
@@ -279,8 +281,6 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
     if args.total_episodes < args.rollout_batch_size:
         raise UserError(f"--total-episodes {args.total_episodes} is less than one --rollout-batch-size "
                         f"{args.rollout_batch_size}")
-    if args.lora_rank and args.num_layers_unfrozen != -1:
-        raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
     if args.model is None and args.reward not in (None, "randomwalks") and reward_fn is None:
         raise UserError(f"--reward {args.reward} needs a --model")
     if args.model is not None and args.reward is None and reward_fn is None:
@@ -308,13 +308,6 @@ def load_reward(args: Args, device: torch.device) -> Callable:
     flag = "--reward-model" if args.reward == "sentiment" else "--reward"
     classify = load_classifier(path, flag, args.reward_device or device, args.reward_batch_size)
     return lambda samples, **_: classify(samples)
-
-
-def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
-    """What a reward or metric function is called with: texts, sampled ids, and the other columns of the prompts."""
-    metadata = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
-    return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
 
 
 def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, reward_on: str) -> list:
@@ -508,44 +501,6 @@ def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int,
             raise UserError(f"{what} by {mean:.4f} nats a token: this architecture is not handled rightly here")
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    model: LanguageModel,
-    tokenizer,
-    prompts: list[list[int]],
-    rows: list[dict],
-    rules: LogitRules,
-    reward_fn: Callable,
-    metric_fn: Callable | None,
-    stop: list[str],
-    args: Args,
-) -> tuple[dict[str, float], list[dict]]:
-    """Means of score and metrics over the evaluation prompts, and the samples; once for each combination of the
-    list-valued eval options. The random numbers are the same each time, so that two evaluations compare well."""
-    prompts, rows = ([row for row in every for _ in range(args.eval_samples)] for every in (prompts, rows))
-    uniforms = noise(generator(args.seed, 2), len(prompts), args.max_new_tokens)
-    options = {"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p}
-    metrics, samples = {}, []
-    for values in itertools.product(*options.values()):
-        temperature, top_k, top_p = values
-        suffix = "".join(f"@{name}={value:g}" for name, value in zip(options, values) if len(options[name]) > 1)
-        items = sample_texts(model, tokenizer, prompts, uniforms, dataclasses.replace(rules, temperature=temperature),
-                             batch_size=args.generation_batch_size, stop_sequences=stop, keep_sharded=args.keep_sharded,
-                             top_k=top_k, top_p=top_p)
-        scores = compute_scores(reward_fn, items, rows, tokenizer, args.reward_on)
-        totals = [sum(score) if isinstance(score, list) else score for score in scores]
-        found = {"reward": totals, "length": [len(item["tokens"]) for item in items]}
-        if metric_fn and dist.get_rank() == 0:
-            found = call(metric_fn, **{**text_columns(items, rows), "tokenizer": tokenizer}) | found
-        for name, value in broadcast(found).items():
-            metrics[f"eval/{name}{suffix}"] = torch.as_tensor(value, dtype=torch.float64).mean().item()
-        samples += [{**({"option": suffix} if suffix else {}), "prompt": item["prompt"], "output": item["output"],
-                     "reward": total} for item, total in zip(items, totals)]
-    return metrics, samples
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -594,7 +549,6 @@ def update(
     """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over tokens and ranks."""
     world, sums, tokens_seen = dist.get_world_size(), {}, 0
     largest = {"policy/ratio_max": 0.0, "policy/first_ratio_error": 0.0}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     shuffles = [generator(args.seed, 3, state["step"], epoch) for epoch in range(args.ppo_epochs)]
     orders = [torch.randperm(len(prompts), generator=shuffle) for shuffle in shuffles]
@@ -621,19 +575,9 @@ def update(
             largest["policy/ratio_max"] = max(largest["policy/ratio_max"], ratio)
             if number == 0:
                 largest["policy/first_ratio_error"] = max(largest["policy/first_ratio_error"], ratio - 1)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        if not math.isfinite(norm):
-            path = f"{folder}/nonfinite-step-{state['step']}.pt"
-            if dist.get_rank() == 0:
-                torch.save({"rows": minibatch, "prompts": prompts, "responses": responses, **data}, path)
-            raise UserError(f"step {state['step']}: the gradient is {norm}; its batch is in {path}, nothing else was "
-                            "written. Lower --learning-rate, or look at the scores")
         rate = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, state["step"], folder,
+                              {"rows": minibatch, "prompts": prompts, "responses": responses, **data})
         state["updates"] += 1
         tokens_seen += tokens
         sums["optim/grad_norm"] = sums.get("optim/grad_norm", 0.0) + norm * tokens / world
@@ -682,8 +626,7 @@ def train(
     metric_fn = metric_fn or (walks.metric if walks else None)
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
     eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)
-    count = min(args.num_eval_prompts, len(eval_rows))
-    eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]  # spread evenly: files are often sorted
+    eval_rows = evenly(eval_rows, args.num_eval_prompts)
     stop = list(args.stop if stop_sequences is None else stop_sequences)
 
     # --- models
@@ -698,11 +641,8 @@ def train(
     try_out(model)
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
-    trained = [parameter for parameter in sharded_parameters(model).values() if parameter.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, fused=True)
+    optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     room = prompt_room(args.max_length, args.max_new_tokens, model.lm.config.get_text_config())
     ids, cut = encode_prompts(rows, tokenizer, room, args.truncation_side, model.seq2seq)
     eval_ids, eval_cut = encode_prompts(eval_rows, tokenizer, room, args.truncation_side, model.seq2seq)
@@ -719,9 +659,18 @@ def train(
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
     log = RunLog(folder, args, state["step"], steps, args.track, started)
-    evaluation = (model, tokenizer, eval_ids, eval_rows, rules, reward_fn, metric_fn, stop, args)
+
+    def eval_scores(items, rows):
+        scores = compute_scores(reward_fn, items, rows, tokenizer, args.reward_on)
+        return {"reward": [sum(score) if isinstance(score, list) else score for score in scores]}
+
+    evaluate = functools.partial(
+        evaluate_samples, model, tokenizer, eval_ids, eval_rows, rules, metric_fn, eval_scores,
+        repeats=args.eval_samples, max_new_tokens=args.max_new_tokens, seed=args.seed, columns=("reward",),
+        options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
+        batch_size=args.generation_batch_size, stop_sequences=stop, keep_sharded=args.keep_sharded)
     if not checkpoint:
-        state["before"], samples = evaluate(*evaluation)
+        state["before"], samples = evaluate()
         log.metrics(0, {"episodes": 0, "tokens": 0, **state["before"]}, tuple(state["before"]))
         log.samples(0, samples)
         say(table("before training", samples[:: max(1, len(samples) // 5)][:5]))
@@ -783,7 +732,7 @@ def train(
             "perf/episodes_per_second": len(items) / seconds, "perf/tokens_per_second": mask.sum().item() / seconds}
         state["kl_coef"] = adapt_kl_coef(state["kl_coef"], mean_kl, args.kl_target, len(items), args.kl_horizon)
         if state["step"] % args.eval_every == 0 or state["step"] == steps:
-            state["after"], samples = evaluate(*evaluation)
+            state["after"], samples = evaluate()
             metrics |= state["after"]
             log.samples(state["step"], samples)
             reward = next(value for name, value in state["after"].items() if name.startswith("eval/reward"))

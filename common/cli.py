@@ -103,6 +103,21 @@ def check_bounds(args, positive: tuple[str, ...], not_negative: tuple[str, ...],
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be {bound}")
 
 
+def check_sampling(args) -> None:
+    """Raise UserError for settings of the model and of evaluation, as all scripts have them, that mean nothing."""
+    allowed = {"eval_temperature": lambda value: 0 <= value < math.inf, "eval_top_k": lambda value: value >= 0,
+               "eval_top_p": lambda value: 0 < value <= 1, "stop": bool}
+    for name, allow in allowed.items():
+        values = getattr(args, name)
+        if not all(map(allow, values)) or (not values and name != "stop"):
+            given = " ".join(map(repr, values))
+            raise UserError(f"--{name.replace('_', '-')} {given}: has a value that means nothing")
+    if args.num_layers_unfrozen == 0 or args.num_layers_unfrozen < -1:
+        raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1 for all, or at least 1")
+    if args.lora_rank and args.num_layers_unfrozen != -1:
+        raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
+
+
 def run(train, args_class, preset=None) -> None:
     """Run a script: parse the flags, train, and turn a `UserError` into one line on stderr and exit code 2.
 

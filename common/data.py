@@ -9,9 +9,11 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 
+import jinja2
 import torch
 
 from common.cli import UserError
@@ -66,9 +68,9 @@ def read_rows(path: str, flag: str) -> list[dict]:
         raise UserError(f"{flag} {path}: {what}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{flag} {path}, row {number}: must be an object with named columns, not {_short(row)}")
+            raise UserError(f"{flag} {path}, row {number}: must be an object with named columns, not {short(row)}")
         if None in row:
-            raise UserError(f"{flag} {path}, row {number}: has more fields than the header: {_short(row[None])}")
+            raise UserError(f"{flag} {path}, row {number}: has more fields than the header: {short(row[None])}")
     return rows
 
 
@@ -77,14 +79,22 @@ def _open(path: str):
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def _is_chat(prompt) -> bool:
+def is_chat(prompt) -> bool:
+    """Whether a value is a list of messages, objects with role and content."""
     return isinstance(prompt, list) and bool(prompt) and all(
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
 
 
-def _short(value) -> str:
+def short(value) -> str:
+    """A value's type and beginning, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def evenly(rows: list, most: int) -> list:
+    """At most `most` of the rows, spread evenly, since files are often sorted."""
+    count = min(most, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def prompt_rows(prompts: list, where: str) -> list[dict]:
@@ -104,8 +114,8 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
                 raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {columns}")
             row["prompt"] = row.pop("text")
         prompt = row["prompt"]
-        if not isinstance(prompt, str) and not _is_chat(prompt):
-            raise UserError(f"{where}, row {number}: a prompt is a text or a list of messages, not {_short(prompt)}")
+        if not isinstance(prompt, str) and not is_chat(prompt):
+            raise UserError(f"{where}, row {number}: a prompt is a text or a list of messages, not {short(prompt)}")
         rows.append(row)
     columns = set().union(*rows) if len({frozenset(row) for row in rows}) > 1 else set()
     return [dict.fromkeys(columns) | row for row in rows]  # every row has every column, None where it was missing
@@ -121,13 +131,18 @@ def load_prompts(given: list | None, path: str | None, flag: str, default: list,
     return rows
 
 
+def window(max_length: int | None, config) -> int:
+    """The most tokens of a row: max_length, or without one as many as the model has positions, at most 1024."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if (max_length or 0) > positions:
+        raise UserError(f"--max-length {max_length}: the model has {positions} positions")
+    return max_length or min(1024, positions)
+
+
 def prompt_room(max_length: int | None, max_new_tokens: int, config) -> int:
     """Tokens that a prompt may have beside max_new_tokens; without a max_length, as many as the model has positions, at
     most 1024 in all. Raises UserError where the lengths do not fit each other or the model's config."""
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    longest = max_length or min(1024, positions)
-    if longest > positions:
-        raise UserError(f"--max-length {longest}: the model has {positions} positions")
+    longest = window(max_length, config)
     if longest <= max_new_tokens:
         raise UserError(f"--max-length {longest} leaves no room for a prompt beside --max-new-tokens "
                         f"{max_new_tokens}: raise the one or lower the other")
@@ -143,33 +158,131 @@ def encode_prompts(
     front of a causal output. A list of messages goes through the chat template. An empty prompt becomes the BOS token.
     """
     ids, cut = [], []
+    specials = special_tokens(tokenizer, seq2seq)
     for row in rows:
-        head, tail = [], []
+        head, tail = specials if isinstance(row["prompt"], str) else ([], [])
         if isinstance(row["prompt"], str):
             body = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-            whole = tokenizer(row["prompt"])["input_ids"]
-            places = range(len(whole) - len(body) + 1)
-            start = next((i for i in places if whole[i : i + len(body)] == body), None)
-            if start is None:
-                body = whole
-            else:
-                head, tail = whole[:start], whole[start + len(body) :]
-            tail = [token for token in tail if seq2seq or token != tokenizer.eos_token_id]
-        elif tokenizer.chat_template is None:
-            raise UserError("a prompt is a list of messages and the tokenizer has no chat template: give texts")
         else:
-            chat = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
-            body = chat["input_ids"]
-        space = max(1, room - len(head) - len(tail))
-        cut.append(len(body) > space)
-        tokens = head + (body[-space:] if side == "left" else body[:space]) + tail
+            body = chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
+        tokens = cut_prompt(head + body + tail, room, side, len(head), len(tail))
+        cut.append(len(tokens) < len(head + body + tail))
         if not tokens:
-            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-            if start is None:
+            if start_token(tokenizer) is None:
                 raise UserError("a prompt is empty and the tokenizer has no BOS or EOS: remove empty prompts")
-            tokens = [start]
-        ids.append(list(tokens))
+            tokens = [start_token(tokenizer)]
+        ids.append(tokens)
     return ids, cut
+
+
+def special_tokens(tokenizer, seq2seq: bool) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text: Llama's BOS, T5's EOS. No EOS follows a causal prompt."""
+    body, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), len(whole))
+    tail = [token for token in whole[start + len(body) :] if seq2seq or token != tokenizer.eos_token_id]
+    return whole[:start], tail
+
+
+def start_token(tokenizer) -> int | None:
+    """What stands for an empty prompt: BOS, or EOS where the tokenizer has none."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def cut_prompt(ids: list[int], room: int, side: str, head: int = 0, tail: int = 0) -> list[int]:
+    """At most `room` tokens of a prompt, cut on `side`; its first `head` and last `tail` tokens stay, and one more."""
+    body = ids[head : len(ids) - tail]
+    space = max(1, room - head - tail)
+    return ids[:head] + (body[-space:] if side == "left" else body[:space]) + ids[len(ids) - tail :]
+
+
+def tokenize_turns(rows: list[list[str]], tokenizer) -> list[list[list[int]]]:
+    """Token ids of texts that follow one another, such as [prompt, output, prompt, output], for each row.
+
+    A turn has the tokens that it has in its context, so that SentencePiece adds no space in front of it, unless a token
+    would reach over the boundary: then it has the tokens that it has alone. The first turn always has those of the text
+    alone, as in sampling. No special tokens are added.
+    """
+    contexts = ["".join(turns[: i + 1]) for turns in rows for i in range(len(turns))]
+    encoded = iter(tokenizer(contexts, add_special_tokens=False, verbose=False)["input_ids"] if contexts else [])
+    pieces = []
+    for turns in rows:
+        before, parts = [], []
+        for turn in turns:
+            whole = next(encoded)
+            alone = whole[: len(before)] != before
+            parts.append(tokenizer(turn, add_special_tokens=False)["input_ids"] if alone else whole[len(before) :])
+            before = before + parts[-1]
+        pieces.append(parts)
+    return pieces
+
+
+def chat_ids(messages: list[dict], tokenizer, **options) -> list[int]:
+    """Token ids of messages by the tokenizer's chat template. Raises UserError where there is none, or it fails."""
+    return _chat(messages, tokenizer, **options)["input_ids"]
+
+
+def _chat(messages, tokenizer, with_marks=False, **options):
+    if tokenizer.chat_template is None:
+        raise UserError("the data has lists of messages and the tokenizer has no chat template: give texts")
+    marked = with_marks and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
+    try:
+        options |= {"return_assistant_tokens_mask": True} if marked else {}
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the tokenizer's chat template refuses {short(messages)}: {error}") from None
+
+
+def chat_outputs(
+    messages: list[dict], tokenizer, ends: tuple[int, ...], first: int = 0
+) -> tuple[list[int], list[bool]]:
+    """Token ids of messages, and which of them are what the assistant says in `messages[first:]`, its end token too.
+
+    The template's own {% generation %} marks tell; without them, what each assistant message adds to the text of those
+    before it. ends: end tokens; what a template puts after one is not the assistant's. Raises UserError for a template
+    without marks that writes earlier messages otherwise when later ones follow.
+    """
+    chat = _chat(messages, tokenizer, with_marks=True)
+    ids, marked = chat["input_ids"], "assistant_masks" in chat
+    said = [bool(mark) for mark in chat["assistant_masks"]] if marked else [False] * len(ids)
+
+    def length(count, **options):
+        part = chat_ids(messages[:count], tokenizer, **options) if count else []
+        if ids[: len(part)] != part:
+            raise UserError("the chat template has no {% generation %} marks, and writes earlier messages otherwise "
+                            "when later ones follow: which tokens are the assistant's cannot be told; add the marks")
+        return len(part)
+
+    if marked and first:
+        said[: length(first, add_generation_prompt=True)] = [False] * length(first, add_generation_prompt=True)
+    for i, message in enumerate(messages[first:] if not marked else [], first):
+        if message["role"] == "assistant":
+            start, stop = length(i, add_generation_prompt=True), length(i + 1)
+            said[start:stop] = [True] * (stop - start)
+    stop = 0
+    while True in said[stop:]:
+        start = said.index(True, stop)
+        stop = said.index(False, start) if False in said[start:] else len(said)
+        last = max((i for i in range(start, stop) if ids[i] in ends), default=None)
+        if last is not None:
+            said[last + 1 : stop] = [False] * (stop - last - 1)
+        elif stop < len(ids) and ids[stop] in ends:
+            said[stop] = True
+            stop += 1
+    return ids, said
+
+
+def pack(lengths: list[int], room: int) -> list[list[int]]:
+    """Row numbers in lines of at most `room` tokens: first fit, longest first. Lines, and rows in them, by length."""
+    lines, free = [], []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        line = next((i for i, space in enumerate(free) if space >= lengths[row]), None)
+        if line is None:
+            line = len(lines)
+            lines.append([])
+            free.append(room)
+        lines[line].append(row)
+        free[line] -= lengths[row]
+    return lines
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
@@ -199,7 +312,7 @@ def load_function(spec: str, flag: str) -> Callable:
     except (FileNotFoundError, ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{flag} {spec}: {error}; give file.py:function or package.module:function") from None
     if not callable(function):
-        raise UserError(f"{flag} {spec}: is {_short(function)}, not a function")
+        raise UserError(f"{flag} {spec}: is {short(function)}, not a function")
     return function
 
 
@@ -233,10 +346,25 @@ def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
         for value in score if dense else [score]:
             numeric = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
             if not numeric or not abs(value) < 1e300:
-                what = f"{_short(value)} for sample {number}"
+                what = f"{short(value)} for sample {number}"
                 raise UserError(f"the reward function returned {what}: it must be a finite number")
         if dense and not 0 < len(score) <= length:
             what = f"{len(score)} token rewards for sample {number}"
             raise UserError(f"the reward function returned {what}, whose output has {length} tokens")
         checked.append([float(value) for value in score] if dense else float(score))
+    return checked
+
+
+def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
+    """A metric function's answer, as numbers and lists of `count` numbers. Raises UserError where it is not."""
+    if not isinstance(metrics, dict):
+        raise UserError(f"the metric function returned {short(metrics)}: return a dict of numbers or lists of numbers")
+    checked = {}
+    for name, value in metrics.items():
+        value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) != count and value is numbers or not all(isinstance(x, (int, float)) for x in numbers):
+            raise UserError(f"the metric function returned {short(value)} as '{name}' of {count} samples: it must be "
+                            "a number, or a list with a number for each sample")
+        checked[str(name)] = value
     return checked

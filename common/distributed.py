@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -161,6 +162,39 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return dict(model.named_parameters())
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over the trained parameters of a sharded model; weight decay is for matrices alone."""
+    trained = [parameter for parameter in sharded_parameters(model).values() if parameter.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, learning_rate, betas, epsilon, fused=True)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, step: int, folder: str, batch: dict
+) -> float:
+    """Clip the gradient to max_grad_norm, step at learning_rate, clear the gradient; return its norm before clipping.
+
+    Raises UserError for a gradient that is not finite, before anything is changed, with `batch` saved in `folder`.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if not math.isfinite(norm):
+        path = f"{folder}/nonfinite-step-{step}.pt"
+        if dist.get_rank() == 0:
+            torch.save(batch, path)
+        raise UserError(f"step {step}: the gradient is {norm}; its batch is in {path}, nothing else was written. "
+                        "Lower --learning-rate, or look at the data and the scores")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:

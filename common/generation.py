@@ -1,5 +1,7 @@
 """The decode loop for rollouts and evaluation: our own, on the model's key-value cache, for any transformers LM."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from common.cli import UserError
-from common.distributed import gather_rows, rank_rows, unsharded
+from common.data import call, check_metrics
+from common.distributed import broadcast, gather_rows, generator, rank_rows, unsharded
 from common.models import LanguageModel, LogitRules, collate, pad_rows
 
 
@@ -177,3 +180,54 @@ def sample_texts(
             output = output[:end]
         item.update(prompt=prompt, output=output, sample=prompt + (" " if model.seq2seq else "") + output)
     return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
+
+
+def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
+    """What a reward or metric function is called with: texts, sampled ids, and the other columns of the prompts."""
+    metadata = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
+    return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
+
+
+def evaluate_samples(
+    model: LanguageModel,
+    tokenizer,
+    prompts: list[list[int]],
+    rows: list[dict],
+    rules: LogitRules,
+    metric_fn: Callable | None,
+    score: Callable[[list[dict], list[dict]], dict[str, list]] | None = None,
+    *,
+    repeats: int,
+    max_new_tokens: int,
+    seed: int,
+    options: dict[str, list],
+    columns: tuple[str, ...] | None = None,
+    **sampling,
+) -> tuple[dict[str, float], list[dict]]:
+    """Sample `repeats` outputs for each prompt; return the means of their metrics, as eval/NAME, and the samples.
+
+    Done once for each combination of the list-valued `options` (temperature, top_k, top_p), whose names and values are
+    added to a metric's name where there are several. The random numbers are the same each time, so that two evaluations
+    compare well. metric_fn: a user's function, called on rank 0 with `text_columns`. score(items, rows) -> lists, one
+    value a sample, called on all ranks. columns: which lists stand beside the samples; all of them by default.
+    """
+    prompts, rows = ([row for row in every for _ in range(repeats)] for every in (prompts, rows))
+    uniforms = noise(generator(seed, 2), len(prompts), max_new_tokens)
+    metrics, samples = {}, []
+    for values in itertools.product(*options.values()):
+        chosen = dict(zip(options, values))
+        suffix = "".join(f"@{name}={value:g}" for name, value in chosen.items() if len(options[name]) > 1)
+        ruled = dataclasses.replace(rules, temperature=chosen.pop("temperature"))
+        items = sample_texts(model, tokenizer, prompts, uniforms, ruled, **chosen, **sampling)
+        found = score(items, rows) if score else {}
+        if metric_fn and dist.get_rank() == 0:
+            measured = call(metric_fn, **{**text_columns(items, rows), "tokenizer": tokenizer})
+            found = check_metrics(measured, len(items)) | found
+        found = broadcast(found) | {"length": [len(item["tokens"]) for item in items]}
+        for name, value in found.items():
+            metrics[f"eval/{name}{suffix}"] = torch.as_tensor(value, dtype=torch.float64).mean().item()
+        beside = [name for name in found if isinstance(found[name], list) and (columns is None or name in columns)]
+        samples += [{**({"option": suffix} if suffix else {}), "prompt": item["prompt"], "output": item["output"],
+                     **{name: found[name][i] for name in beside}} for i, item in enumerate(items)]
+    return metrics, samples

@@ -7,7 +7,9 @@ around its head (scaling, soft-capping, biases) is done here too.
 
 import contextlib
 import copy
+import functools
 import inspect
+import json
 import os
 import shutil
 import warnings
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -27,6 +30,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     pipeline,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -56,6 +60,45 @@ def load_lm(path: str) -> PreTrainedModel:
         return auto.from_pretrained(path, dtype=torch.float32).eval()
 
 
+def new_lm(path: str, tokenizer, seed: int) -> PreTrainedModel:
+    """A randomly initialised LM, in float32 and in eval mode for good: no dropout.
+
+    path: a JSON file with `model_type` and any settings of its config, or a model's path or hub id, whose config is
+    used. Vocabulary size and special tokens are the tokenizer's; a decoder starts with its pad token, or its BOS.
+    """
+    with _readable("--from-config", path):
+        if path.endswith(".json"):
+            with open(path, encoding="utf-8") as file:
+                config = AutoConfig.for_model(**json.load(file))
+        else:
+            config = AutoConfig.from_pretrained(path)
+        text = config.get_text_config()
+        text.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(text, name, getattr(tokenizer, name))
+        if config.is_encoder_decoder:
+            starts = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+            config.decoder_start_token_id = next((token for token in starts if token is not None), 0)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        torch.manual_seed(seed)
+        return auto.from_config(config, dtype=torch.float32).eval()
+
+
+def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, as GPT-2's, of at most `size` tokens, trained on `texts`; <|endoftext|> is BOS and
+    EOS, <|pad|> the pad token. Raises UserError for a size below the 256 bytes and these two."""
+    if size < 258:
+        raise UserError(f"--train-tokenizer {size}: must be at least 258, the 256 bytes and two special tokens")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+                                   pad_token="<|pad|>", clean_up_tokenization_spaces=False)
+
+
 @contextlib.contextmanager
 def _readable(flag: str, path: str):
     """Turns what transformers raises for a model that it cannot load into one line."""
@@ -63,9 +106,11 @@ def _readable(flag: str, path: str):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         what = "no such folder, and no hub model of that name can be reached"
-        if os.path.isdir(path):
+        if os.path.isfile(path):
+            what = "the file holds nothing that transformers can use"
+        elif os.path.isdir(path):
             what = "the folder holds nothing that transformers can load"
         raise UserError(f"{flag} {path}: {what} ({str(error).strip().splitlines()[0][:160]})") from None
 
@@ -184,7 +229,9 @@ class LogitRules:
 
     def __call__(self, logits: torch.Tensor, previous: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """logits (N, V), previous (N,) the token before, index (N,) the place in the output -> fp32 logits (N, V)."""
-        logits = logits.float() / (self.temperature or 1.0)
+        logits = logits.float()
+        if self.temperature not in (0.0, 1.0):
+            logits = logits / self.temperature
         if self.logit_mask is not None:
             known = len(self.logit_mask)  # models often have more embeddings than their tokenizer has tokens
             forbidden = self.logit_mask.to(logits.device)[previous.clamp(max=known - 1)] & (previous < known)[:, None]
@@ -211,16 +258,22 @@ def pad_rows(rows: list[list], fill, left: bool = False, **options) -> tuple[tor
 
 
 def collate(
-    prompts: list[list[int]], responses: list[list[int]], start_id: int | None, device: torch.device
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    start_id: int | None,
+    device: torch.device,
+    trained: list[list[bool]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Token-id lists as inputs of `LanguageModel.forward`: right-padded, with masks made from lengths alone.
 
     Causal models (start_id None): ids = prompt + response. Encoder-decoder models: the prompt goes to the encoder and
-    ids = start token + response. `scored` marks the response tokens, which are the ones to be scored.
+    ids = start token + response. `scored` marks the response tokens, which are the ones to be scored; where `trained`
+    is given, those of them that it marks.
     """
     heads = prompts if start_id is None else [[start_id]] * len(prompts)
     ids, mask = pad_rows([head + response for head, response in zip(heads, responses)], 0)
-    marks = [[False] * len(head) + [True] * len(response) for head, response in zip(heads, responses)]
+    trained = trained or [[True] * len(response) for response in responses]
+    marks = [[False] * len(head) + list(flags) for head, flags in zip(heads, trained)]
     scored, _ = pad_rows(marks, False)
     batch = {"ids": ids, "mask": mask, "scored": scored}
     if start_id is not None:
@@ -302,13 +355,20 @@ class LanguageModel(nn.Module):
             inputs = {"inputs_embeds": states[None]}
         return self._head[0](**inputs, use_cache=False).logits[0]
 
-    def _states(self, trunk, ids, mask, encoder_states=None, encoder_mask=None, cache=None, use_cache=False):
-        """Run `trunk`: hidden states (B, T, H) and the cache. mask covers cached and new tokens, or is None."""
+    def _states(self, trunk, ids, mask, encoder_states=None, encoder_mask=None, cache=None, use_cache=False,
+                position_ids=None):
+        """Run `trunk`: hidden states (B, T, H) and the cache. mask covers cached and new tokens, or is None.
+
+        With position_ids (B, T), lines hold several rows, and positions restart where one begins. transformers then
+        keeps the rows apart, but only without a mask and without a cache.
+        """
         inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": use_cache}
         if cache is not None:
             inputs["past_key_values"] = cache
         if self.seq2seq:
             inputs |= {"encoder_hidden_states": encoder_states, "encoder_attention_mask": encoder_mask.long()}
+        elif position_ids is not None:
+            inputs |= {"position_ids": position_ids, "attention_mask": None}
         elif self.takes_positions:
             inputs["position_ids"] = positions(mask)[:, -ids.shape[1]:]
         output = trunk(**inputs)
@@ -317,39 +377,46 @@ class LanguageModel(nn.Module):
     def _encode(self, encoder_ids, encoder_mask):
         return self.lm.get_encoder()(input_ids=encoder_ids, attention_mask=encoder_mask.long()).last_hidden_state
 
-    def _score(self, states, targets, previous, index, rules):
+    def _score(self, states, targets, previous, index, rules, with_entropy):
         """Log-prob and entropy of a chunk of tokens, fp32 log-softmax: (n, H), (n,), (n,), (n,) -> (n,), (n,)."""
         logprobs = rules(self.logits(states), previous, index).log_softmax(-1)
+        chosen = logprobs.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():
-            entropy = torch.special.entr(logprobs.exp()).sum(-1)
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+            entropy = torch.special.entr(logprobs.exp()).sum(-1) if with_entropy else chosen.detach()
+        return chosen, entropy
 
     def forward(
-        self, ids, mask, scored, encoder_ids=None, encoder_mask=None, rules: LogitRules = LogitRules()
+        self, ids, mask, scored, encoder_ids=None, encoder_mask=None, rules: LogitRules = LogitRules(),
+        position_ids=None, with_entropy: bool = True,
     ) -> dict[str, torch.Tensor]:
         """Score the tokens marked in `scored` given all before them (see `collate`).
 
-        ids, mask, scored (B, T); encoder_ids, encoder_mask (B, P). Returns flat tensors over the N scored tokens in row
-        order: logprobs (N,) under `rules`, entropy (N,) without gradient, and for each head its outputs (N, outputs) on
-        the hidden state that predicts the token. Logits exist for scored tokens only, CHUNK numbers at a time, and are
-        computed again in the backward when there is more than one chunk.
+        ids, mask, scored (B, T); encoder_ids, encoder_mask (B, P). position_ids (B, T): each line holds several rows
+        (see `packs_exactly`), none of which may have its first token scored; `rules` must then not count tokens.
+        Returns flat tensors over the N scored tokens in row order: logprobs (N,) under `rules`, entropy (N,) without
+        gradient, unless told not to, and for each head its outputs (N, outputs) on the hidden state that predicts the
+        token. Logits exist for scored tokens only, CHUNK numbers at a time, and are computed again in the backward when
+        there is more than one chunk.
         """
         encoder_states = self._encode(encoder_ids, encoder_mask) if self.seq2seq else None
-        hidden, _ = self._states(trunk_of(self.lm), ids, mask, encoder_states, encoder_mask)
+        trunk_inputs = (ids, mask, encoder_states, encoder_mask)
+        hidden, _ = self._states(trunk_of(self.lm), *trunk_inputs, position_ids=position_ids)
         rows, columns = scored[:, 1:].nonzero(as_tuple=True)
         index = (scored.long().cumsum(1) - 1)[rows, columns + 1]
         states, previous, targets = hidden[rows, columns], ids[rows, columns], ids[rows, columns + 1]
         size = max(1, CHUNK // self.lm.get_output_embeddings().weight.shape[0])
         pieces = [piece.split(size) for piece in (states, targets, previous, index)]
         if len(pieces[0]) > 1 and torch.is_grad_enabled():
-            parts = [checkpoint(self._score, *part, rules, use_reentrant=False) for part in zip(*pieces)]
+            score = functools.partial(checkpoint, self._score, use_reentrant=False)
         else:
-            parts = [self._score(*part, rules) for part in zip(*pieces)]
-        logprobs, entropy = (torch.cat(part) for part in zip(*parts))
+            score = self._score
+        logprobs, entropy = (torch.cat(part) for part in zip(*(score(*part, rules, with_entropy)
+                                                               for part in zip(*pieces))))
         if self.branch is not None:
-            hidden, _ = self._states(self.branch, ids, mask, encoder_states, encoder_mask)
+            hidden, _ = self._states(self.branch, *trunk_inputs, position_ids=position_ids)
             states = hidden[rows, columns]
-        return {"logprobs": logprobs, "entropy": entropy, **{name: head(states) for name, head in self.heads.items()}}
+        out = {"logprobs": logprobs, **({"entropy": entropy} if with_entropy else {})}
+        return out | {name: head(states) for name, head in self.heads.items()}
 
     def encode(self, encoder_ids, encoder_mask):
         """Encoder states (B, P, H) of an encoder-decoder model, for `decode`."""
@@ -369,6 +436,26 @@ def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **op
     shard(model, dtype, device, fp32=list(model.heads.values()), methods=("encode", "decode"), **options)
     model.device = device  # not that of its parameters, where those are offloaded
     return model
+
+
+@torch.no_grad()
+def packs_exactly(model: LanguageModel) -> bool:
+    """Whether rows that share a line, with positions that restart, have the hidden states that they have alone.
+
+    To be asked before the model is sharded. The test is relative, since a model from scratch has small weights. Where
+    the answer is no (OPT and BLOOM, encoder-decoders), rows that share a line see each other or have wrong positions.
+    """
+    if model.seq2seq or not model.takes_positions:
+        return False
+    words = model.lm.get_input_embeddings().weight.shape[0]
+    rows = [[(7 * i + 3 * n) % words for i in range(n)] for n in (6, 4, 9)]
+    trunk, device = trunk_of(model.lm), model.device
+    alone = [model._states(trunk, torch.tensor([row], device=device), torch.ones(1, len(row), device=device))[0]
+             for row in rows]
+    line, places = (torch.tensor([sum(parts, [])], device=device) for parts in (rows, [[*range(len(r))] for r in rows]))
+    packed, _ = model._states(trunk, line, None, position_ids=places)
+    alone = torch.cat(alone, 1)
+    return bool((packed - alone).abs().max() < 1e-3 * alone.abs().max())
 
 
 # --- copies of the top blocks, references -----------------------------------------------------------------------------
@@ -447,6 +534,13 @@ def freeze_below(lm: PreTrainedModel, twin: PreTrainedModel) -> None:
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(name in reached and id(parameter) not in embeddings)
     twin.zero_grad()
+
+
+def train_top(lm: PreTrainedModel, layers: int) -> None:
+    """Freeze in `lm` all below its top `layers` blocks, the embeddings too."""
+    freeze_below(lm, top_copy(lm, layers, whole=True, detach=True))
+    for module in lm.modules():
+        module._forward_hooks.clear()  # which recorded for the copy
 
 
 def frozen(lm: PreTrainedModel, dtype: torch.dtype) -> LanguageModel:

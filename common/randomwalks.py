@@ -97,21 +97,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False, model_max_length=32)
 
 
+def untrained_walker(seed: int) -> GPT2LMHeadModel:
+    """The model of the task, with random weights: a 6-layer, 144-wide GPT-2, 1.5 million parameters, as trlX's."""
+    codec = tokenizer()
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(codec), n_positions=32, n_embd=144, n_layer=6, n_head=12,
+        activation_function="gelu_pytorch_tanh", bos_token_id=codec.bos_token_id, eos_token_id=codec.eos_token_id,
+        pad_token_id=codec.pad_token_id)).eval()
+
+
 def cloned_walker(
     walks: RandomWalks, seed: int, epochs: int = 8, batch_size: int = 50, learning_rate: float = 1e-3
 ) -> GPT2LMHeadModel:
-    """A 6-layer, 144-wide GPT-2 fitted to the walks: the behaviour-cloned start of the task (1.5 million parameters).
+    """A small GPT-2 fitted to the walks: the behaviour-cloned start of the task.
 
     Next-token cross-entropy over whole walks with their end token; the learning rate falls linearly to 0. About ten
     seconds on one core.
     """
-    codec = tokenizer()
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(codec), n_positions=32, n_embd=144, n_layer=6, n_head=12,
-        activation_function="gelu_pytorch_tanh", bos_token_id=codec.bos_token_id, eos_token_id=codec.eos_token_id,
-        pad_token_id=codec.pad_token_id)
-    model = GPT2LMHeadModel(config).eval()
+    codec, model = tokenizer(), untrained_walker(seed)
     ids = codec([walk + codec.eos_token for walk in walks.walks], padding=True, return_tensors="pt")
     batches = [rows for _ in range(epochs) for rows in torch.randperm(len(walks.walks)).split(batch_size)]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)

@@ -1,0 +1,33 @@
+"""Functions for `sft.py --format examples/formats.py:NAME`: from a row of a data set to a row that sft.py knows.
+
+Each gets a row as a dict and returns a text, a list of turns, a list of messages, or a dict with columns text, prompt and
+completion, messages or turns; or None, which leaves the row out. Other columns go on to the metric function.
+"""
+
+
+def alpaca(row: dict) -> dict:
+    """Instruction, input and output (tatsu-lab/alpaca), as its authors' training code words them."""
+    if row.get("input"):
+        prompt = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                  "Write a response that appropriately completes the request.\n\n"
+                  f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}\n\n### Response:\n")
+    else:
+        prompt = ("Below is an instruction that describes a task. "
+                  "Write a response that appropriately completes the request.\n\n"
+                  f"### Instruction:\n{row['instruction']}\n\n### Response:\n")
+    return {"prompt": prompt, "completion": row["output"]}
+
+
+def summary(row: dict) -> dict:
+    """Article and summary, with the prefix that T5 was trained with."""
+    return {"prompt": "summarize: " + row["article"], "completion": row["summary"]}
+
+
+def positive(row: dict) -> dict | None:
+    """Reviews labelled 1, as texts."""
+    return {"text": row["text"]} if row["label"] == 1 else None
+
+
+def question(row: dict) -> dict:
+    """Question and answer, as a chat: for tokenizers with a chat template."""
+    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}

@@ -1,0 +1,660 @@
+"""Supervised fine-tuning and pretraining of language models (SFT): maximum likelihood of the outputs of a data set.
+
+Minimise the mean of -log p(token | all before it) over the tokens to be learned: all tokens of a text (GPT, Radford et
+al. 2018, Eq. 1), the outputs of prompt and output, the assistant's turns of a dialogue (2203.02155, section 3.5).
+
+Differences from the papers, and from trlX where it differs from them:
+1. The loss of a step is a sum over its trained tokens divided by their number, whatever the micro-batches, ranks and
+   padding. trlX and Hugging Face take means of micro-batches, which weight a token by the company it is in.
+2. EOS is added once, at the end of a row, and trained, so that length is learned. trlX adds none to texts.
+3. Rows are shuffled anew each epoch, alike on every number of processes. trlX does not shuffle.
+4. In a row that is too long the prompt gives way to the output, but keeps half of the window; what still does not fit
+   is cut off the output's end, EOS with it. A row without an output is left out. Both are counted.
+5. `--packing rows` lets rows share a line, positions restarting, without attention from one to another: the same
+   numbers with less padding, where a check at the start finds it exact. `--packing windows` joins texts and cuts them
+   into full windows that overlap by one token, so that each token is trained once; attention crosses texts there.
+6. No dropout. Prompts have no loss. The random-walks task trains a 6-layer GPT-2 from scratch, as trlX's examples do.
+
+One step is one optimizer step on `--batch-size` rows, over all processes: the same flags give the same optimisation on
+any number of them.
+
+    python sft.py                                                         random walks on a CPU, less than a minute
+    python sft.py --model gpt2 --dataset rows.jsonl                       one GPU
+    torchrun --nproc_per_node 8 sft.py --model gpt2 --dataset rows.jsonl  eight GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft.py --model gpt2 \\
+        --dataset rows.jsonl                                              two machines: the same command on each
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from common.cli import UserError, check_bounds, check_sampling, run
+from common.data import (
+    chat_ids,
+    chat_outputs,
+    cut_prompt,
+    encode_prompts,
+    evenly,
+    is_chat,
+    load_function,
+    load_prompts,
+    pack,
+    prompt_room,
+    read_rows,
+    short,
+    shuffled,
+    special_tokens,
+    start_token,
+    tokenize_turns,
+    window,
+)
+from common.distributed import (
+    adamw,
+    broadcast,
+    gather_rows,
+    generator,
+    init,
+    load_checkpoint,
+    optimizer_step,
+    rank_rows,
+    save_checkpoint,
+)
+from common.generation import evaluate_samples, try_out
+from common.metrics import RunLog, open_run, say, table
+from common.models import (
+    LanguageModel,
+    LogitRules,
+    add_lora,
+    checkpoint_blocks,
+    collate,
+    end_tokens,
+    export,
+    load_classifier,
+    load_lm,
+    load_tokenizer,
+    new_lm,
+    packs_exactly,
+    pad_rows,
+    prepare,
+    train_tokenizer,
+    train_top,
+)
+from common.randomwalks import random_walks, untrained_walker
+from common.randomwalks import tokenizer as walks_tokenizer
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """SFT for language models. The head of this file explains the algorithm, README.md the metrics."""
+
+    # model
+    model: str | None = None
+    """path or hub id of a causal or encoder-decoder LM; random walks makes its own when none is given"""
+    from_config: str | None = None
+    """train from scratch: a JSON file with model_type and its settings, or the model, by path or hub id, to shape as"""
+    tokenizer: str | None = None
+    """path or hub id of the tokenizer, if it is not beside the model"""
+    train_tokenizer: int | None = None
+    """train a byte-level BPE tokenizer of this many tokens on the data, for --from-config"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
+    num_layers_unfrozen: int = -1
+    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
+    lora_rank: int = 0
+    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
+    lora_alpha: float = 32.0
+    """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward: less memory, a third more arithmetic"""
+    offload: bool = False
+    """keep parameters and optimizer in CPU memory, for models that do not fit on the GPUs"""
+    shard_size: int | None = None
+    """processes that share one copy of the weights (hybrid sharding); all of them by default"""
+    keep_sharded: bool = False
+    """do not hold the gathered parameters during a rollout: slow, for models that fit on a GPU only in shards"""
+
+    # data
+    dataset: str | None = None
+    """randomwalks, or .jsonl[.gz], .json, .csv, .parquet or Hub data set name:split, with columns text, prompt and
+    completion, messages, or turns ([prompt, output, prompt, output, ...])"""
+    format: str | None = None
+    """file.py:function or package.module:function from a row to a row with these columns, or to None to leave it out"""
+    eval_dataset: str | None = None
+    """rows for the held-out loss, in the same forms; none: a share of the data set, by --held-out"""
+    held_out: float = 0.05
+    """share of the data set that is kept out of training for evaluation, when there is no --eval-dataset"""
+    num_eval_rows: int = 1000
+    """how many held-out rows to use at most"""
+    max_length: int | None = None
+    """most tokens of prompt and output together, longer prompts being cut; none: the model's positions, at most 1024"""
+    truncation_side: Literal["left", "right"] = "left"
+    """the end of a long prompt that is cut off"""
+    packing: Literal["none", "rows", "windows"] = "none"
+    """rows: several rows share a line of --max-length tokens, kept apart, which changes speed only; windows: texts are
+    joined and cut into full windows of --max-length tokens"""
+
+    # evaluation
+    eval_prompts: str | None = None
+    """prompts for evaluation, a file or Hub data set with column prompt or text; none: some of the run's own"""
+    num_eval_prompts: int = 256
+    """how many evaluation prompts to use at most"""
+    prompt_words: int | None = None
+    """use the first n words of each prompt"""
+    metric: str | None = None
+    """measure samples by file.py:function, package.module:function, or a classification model's path or hub id"""
+    max_new_tokens: int = 40
+    """most tokens in an output"""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """stop sequences: the output ends where the first one begins"""
+    generation_batch_size: int = 128
+    """prompts per generation batch on one process; affects memory and speed only"""
+    eval_temperature: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    """sampling temperature of evaluation; several values repeat it"""
+    eval_top_k: list[int] = dataclasses.field(default_factory=lambda: [0])
+    """sample from the k most likely tokens at evaluation, 0 from all; several values repeat it"""
+    eval_top_p: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    """sample from the likeliest tokens of this total probability at evaluation; several values repeat it"""
+    eval_samples: int = 1
+    """outputs per evaluation prompt"""
+
+    # optimisation
+    epochs: int = 1
+    """passes over the data"""
+    batch_size: int = 32
+    """sequences per optimizer step, over all processes"""
+    micro_batch_size: int = 8
+    """sequences per forward on one process; affects memory and speed only"""
+    learning_rate: float = 3e-5
+    """peak learning rate"""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """the learning rate after warm-up: constant, or down to 0 as a cosine or a line"""
+    warmup_steps: int = 0
+    """optimizer steps over which the learning rate rises from 0"""
+    adam_beta1: float = 0.9
+    """Adam's decay of the mean gradient"""
+    adam_beta2: float = 0.95
+    """Adam's decay of the mean squared gradient"""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices"""
+    max_grad_norm: float = 1.0
+    """clip the gradient to this norm"""
+
+    # run
+    max_steps: int | None = None
+    """stop after this many steps even if more was asked for"""
+    eval_every: int = 100
+    """steps between evaluations; the start and the end are always evaluated"""
+    save_every: int = 0
+    """steps between checkpoints; 0: none"""
+    keep_checkpoints: int = 2
+    """newest checkpoints to keep"""
+    output_dir: str | None = None
+    """run directory; runs/SCRIPT-MODEL-SEED by default"""
+    resume: str | None = None
+    """auto, for the newest checkpoint of the run directory, or the path of a checkpoint"""
+    seed: int = 1
+    """seed of everything, the graph of random walks included"""
+    track: bool = False
+    """log to Weights and Biases too (WANDB_PROJECT, WANDB_MODE=offline and the like are its own settings)"""
+    config: str | None = None
+    """YAML file with flags; those on the command line win"""
+
+
+RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
+    max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=10, batch_size=50, micro_batch_size=50,
+    learning_rate=1e-3, schedule="linear", warmup_steps=10)
+RESUMABLE = (  # settings that may differ between a run and its resumption
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track", "config",
+    "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded", "offload", "gradient_checkpointing")
+
+
+def preset(args: Args) -> dict:
+    """The defaults of the task that the flags choose."""
+    alone = args.dataset is None and args.model is None and args.from_config is None
+    return RANDOM_WALKS if alone or args.dataset == "randomwalks" else {}
+
+
+def arguments(**flags) -> Args:
+    """Args with the defaults of the task that the flags choose, as the command line makes them."""
+    return Args(**{**preset(Args(**flags)), **flags})
+
+
+def check(args: Args, samples: list | None = None) -> None:
+    """Refuse settings that cannot work, in one line that names the flag."""
+    check_bounds(
+        args,
+        positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon",
+                  "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
+                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size", "max_length"),
+        not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
+        unit=("adam_beta1", "adam_beta2", "held_out"))
+    check_sampling(args)
+    given = samples is not None or args.dataset not in (None, "randomwalks")
+    if args.model and args.from_config:
+        raise UserError(f"--from-config {args.from_config}: leave it out, or --model {args.model}")
+    if (args.model or args.from_config) and samples is None and args.dataset is None:
+        flag = f"--model {args.model}" if args.model else f"--from-config {args.from_config}"
+        raise UserError(f"{flag} needs a --dataset: a file, a Hub data set, or randomwalks")
+    if given and not (args.model or args.from_config):
+        raise UserError(f"--dataset {args.dataset or ''} needs a --model, or --from-config for one from scratch")
+    if args.train_tokenizer is not None and (args.model or args.tokenizer or not args.from_config):
+        raise UserError("--train-tokenizer is for --from-config, without a --tokenizer")
+    if given and args.from_config and args.from_config.endswith(".json"):
+        if not (args.tokenizer or args.train_tokenizer):
+            raise UserError(f"--from-config {args.from_config} needs a --tokenizer, or --train-tokenizer N")
+    if not args.model and (args.lora_rank or args.num_layers_unfrozen != -1):
+        raise UserError("--lora-rank and --num-layers-unfrozen need a --model: they would leave random weights as they "
+                        "are")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """One sequence to train on, as token ids. A causal model reads prompt + output; an encoder reads the prompt."""
+
+    prompt: list[int]  # all before the first trained token; never empty
+    output: list[int]  # from the first trained token on; never empty
+    trained: list[bool]  # which tokens of the output are
+
+
+def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[dict]:
+    """Rows with their columns, and with `turns`, texts, and `said`, which of them are trained; or with `messages`, and
+    `first`, the number of the first that is trained. From a list, else a file or Hub data set; nothing given is
+    changed. Raises UserError naming the row for one that has none of the forms."""
+    where = flag if given is not None else f"{flag} {path}"
+    if isinstance(given, (str, dict)) or (given is not None and not len(given)):
+        raise UserError(f"{where}: holds no rows, or is not a list of them")
+    rows = []
+    for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
+        row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
+        if row is not None:
+            rows.append(sample_row(row, f"{where}, row {number}"))
+    if not rows:
+        raise UserError(f"{where}: --format left out every row")
+    return rows
+
+
+def sample_row(row, where: str) -> dict:
+    """One row of `load_samples`: a text, turns, messages, or a dict with one of these or with prompt and completion."""
+    if isinstance(row, str):
+        row = {"text": row}
+    elif isinstance(row, (list, tuple)):
+        row = {"messages" if is_chat(row) else "turns": list(row)}
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be a text, a list of turns or an object with columns, not {short(row)}")
+    row = {name: value for name, value in row.items() if value is not None}
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if "prompt" in row and "completion" in row:
+        if is_chat(prompt) and (is_chat(completion) or isinstance(completion, str)):
+            answer = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
+            return row | {"messages": [*prompt, *answer], "first": len(prompt)}
+        turns, said = [prompt, completion], [False, True]
+    elif "messages" in row:
+        if not is_chat(row["messages"]):
+            raise UserError(f"{where}: messages are objects with role and content, not {short(row['messages'])}")
+        return row | {"first": 0}
+    elif "turns" in row:
+        turns = row["turns"] if isinstance(row["turns"], (list, tuple)) and row["turns"] else [None]
+        said = [bool(i % 2) for i in range(len(turns))]
+    elif "text" in row:
+        turns, said = [row["text"]], [True]
+    else:
+        raise UserError(f"{where}: has no text, prompt and completion, messages or turns, only "
+                        f"{', '.join(map(str, row)) or 'nothing'}; --format can map rows")
+    if wrong := [turn for turn in turns if not isinstance(turn, str)]:
+        raise UserError(f"{where}: text, prompt, completion and each of the turns are texts, not {short(wrong[0])}")
+    return row | {"turns": list(turns), "said": said}
+
+
+def prompt_of(row: dict) -> dict:
+    """The row as an evaluation prompt: all before its last output, with the row's columns."""
+    if "messages" in row:
+        said = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and i >= row["first"]]
+        prompt = row["messages"][: said[-1]] if said else row["messages"]
+    else:
+        prompt = "".join(row["turns"][: max((i for i, said in enumerate(row["said"]) if said), default=0)])
+    return {name: row[name] for name in row if name not in ("turns", "said", "messages", "first")} | {"prompt": prompt}
+
+
+def encode(rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> list[list[Example]]:
+    """The examples of each row: one for a causal model, one for each output for an encoder-decoder, none where there is
+    nothing to train. Each ends in an end token, added where the data has none."""
+    head, tail = special_tokens(tokenizer, seq2seq)
+    eos, start = ([] if token is None else [token] for token in (tokenizer.eos_token_id, start_token(tokenizer)))
+    pieces = iter(tokenize_turns([row["turns"] for row in rows if "turns" in row], tokenizer))
+    examples = []
+    for row in rows:
+        found = []
+        if "messages" in row and seq2seq:
+            for i, message in enumerate(row["messages"]):
+                if message["role"] == "assistant" and i >= max(1, row["first"]):
+                    output = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+                    found.append((chat_ids(row["messages"][:i], tokenizer, add_generation_prompt=True), output))
+        elif "messages" in row:
+            ids, said = chat_outputs(row["messages"], tokenizer, ends, row["first"])
+        else:
+            parts = next(pieces)
+            if seq2seq and row["said"] == [True]:
+                raise UserError("the data has texts alone, which are for causal models: an encoder-decoder needs rows "
+                                "with prompt and completion")
+            for i, turn in enumerate(row["turns"]):
+                if seq2seq and row["said"][i]:
+                    output = tokenizer(turn, add_special_tokens=False)["input_ids"]
+                    found.append((head + sum(parts[:i], []) + tail, output))
+            parts = [head or ([] if row["said"][0] or parts[0] else start), *parts]
+            ids = sum(parts, [])
+            said = [flag for flag, part in zip([False, *row["said"]], parts) for _ in part]
+        if not seq2seq and any(said):
+            end = len(said) - said[::-1].index(True)  # nothing is learned from what follows the last output
+            more = [] if ids[end - 1] in ends else eos
+            ids, said = ids[:end] + more, said[:end] + [True] * len(more)
+            first = max(1, said.index(True))  # the first token of a text has nothing before it
+            examples.append([Example(ids[:first], ids[first:], said[first:])] if ids[first:] else [])
+        else:
+            found = [(prompt, output if output[-1] in ends else output + eos) for prompt, output in found if output]
+            examples.append([Example(prompt or start, output, [True] * len(output)) for prompt, output in found])
+    return examples
+
+
+def fit(example: Example, longest: int, side: str, specials: tuple[list[int], list[int]]) -> Example:
+    """The example in at most `longest` tokens: the prompt is cut on `side`, to half of them at most, then the output's
+    end. specials: the tokens that the tokenizer puts around a prompt, which stay."""
+    head, tail = (len(part) for part in specials)
+    room = max(longest - len(example.output), longest // 2)
+    prompt = cut_prompt(example.prompt, room, side, head, tail) if len(example.prompt) > room else example.prompt
+    kept = max(0, longest - len(prompt))
+    return Example(prompt, example.output[:kept], example.trained[:kept])
+
+
+def windows(examples: list[Example], length: int, start: int | None) -> list[Example]:
+    """Texts, each with its end token, joined behind a start token and cut into windows of `length` tokens that overlap
+    by one: each token is trained once, given all before it in its window."""
+    stream = [token for example in examples for token in example.prompt + example.output]
+    if start is not None and stream[:1] != [start]:
+        stream = [start, *stream]
+    cuts = [stream[i : i + length] for i in range(0, len(stream) - 1, length - 1)]
+    return [Example(cut[:1], cut[1:], [True] * (len(cut) - 1)) for cut in cuts]
+
+
+def make_examples(
+    rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
+) -> tuple[list[Example], int, int]:
+    """The examples of the rows, in at most `longest` tokens; how many rows had nothing to train; how many were cut."""
+    encoded = encode(rows, tokenizer, ends, seq2seq)
+    if args.packing == "windows":
+        whole = [example for found in encoded for example in found]
+        return windows(whole, longest, start_token(tokenizer)), sum(not found for found in encoded), 0
+    specials = special_tokens(tokenizer, seq2seq)
+    fitted = [[fit(example, longest, args.truncation_side, ([], []) if "messages" in row else specials)
+               for example in found] for row, found in zip(rows, encoded)]
+    kept = [[example for example in found if example.output] for found in fitted]
+    cut = sum(bool(left) and found != whole for left, found, whole in zip(kept, fitted, encoded))
+    return [example for found in kept for example in found], sum(not found for found in kept), cut
+
+
+def micro_batches(
+    examples: list[Example], room: int | None, micro_batch_size: int, start_id: int | None, device: torch.device
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """This rank's share of the examples: inputs of `LanguageModel.forward`, and the weight (N,) of each trained token,
+    which is 0 in the lines that are there only because all ranks make the same calls.
+
+    room: several examples share a line of at most this many tokens; None: each has a line of its own, padded.
+    """
+    lengths = [len(example.prompt) + len(example.output) for example in examples]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)  # like lengths share a micro-batch
+    lines = pack(lengths, room) if room else [[row] for row in order]
+    mine, real = rank_rows(len(lines))
+    for start in range(0, len(mine), micro_batch_size):
+        micro = slice(start, start + micro_batch_size)
+        chosen = [[examples[row] for row in lines[line]] for line in mine[micro]]
+        prompts, outputs, trained = zip(*(line[0] for line in chosen))
+        if room:
+            prompts = [[] for _ in chosen]
+            outputs = [[token for example in line for token in example.prompt + example.output] for line in chosen]
+            trained = [[flag for e in line for flag in [False] * len(e.prompt) + e.trained] for line in chosen]
+        batch = collate(prompts, outputs, start_id, device, trained)
+        if room:
+            places = [[i for e in line for i in range(len(e.prompt) + len(e.output))] for line in chosen]
+            batch["position_ids"] = pad_rows(places, 0)[0].to(device)
+        weight = torch.tensor(real[micro], device=device)[:, None].expand_as(batch["scored"])[batch["scored"]]
+        yield batch, weight
+
+
+# --- algorithm --------------------------------------------------------------------------------------------------------
+
+
+def lm_loss(logprobs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (GPT, Radford et al. 2018, Eq. 1), summed over tokens, both (N,), in nats.
+
+    Divide by the number of trained tokens of the whole batch.
+    """
+    return -(logprobs * weight).sum()
+
+
+def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total`: a linear rise, then constant, a cosine or a line."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
+
+
+def batch_loss(model: LanguageModel, examples: list[Example], room: int | None, micro_batch_size: int) -> float:
+    """Mean loss over the trained tokens of all examples, on all ranks; where gradients are on, adds its gradient."""
+    world, tokens = dist.get_world_size(), sum(sum(example.trained) for example in examples)
+    total = torch.zeros((), device=model.device)
+    for batch, weight in micro_batches(examples, room, micro_batch_size, model.start_id, model.device):
+        loss = lm_loss(model(**batch, with_entropy=False)["logprobs"], weight)
+        if torch.is_grad_enabled():
+            # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
+            (loss * world / tokens).backward()
+        total += loss.detach()
+    return sum(gather_rows([total.item()], world)) / tokens
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def load_metric(spec: str | None, device: torch.device) -> Callable | None:
+    """The metric function that `--metric` names. A classifier's answers are called `score`."""
+    if spec is None or dist.get_rank():  # called on rank 0 alone
+        return None
+    if ":" in spec and not os.path.exists(spec):
+        return load_function(spec, "--metric")
+    classify = load_classifier(spec, "--metric", device, batch_size=64)
+    return lambda samples, **_: {"score": classify(samples)}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def start_from(args: Args, rows: list[dict], folder: str, on_walks: bool):
+    """The tokenizer and the untrained model (transformers objects), and the path that the tokenizer was read from."""
+    path = args.tokenizer or args.model or args.from_config
+    if on_walks and not (args.tokenizer or args.model):
+        tokenizer = walks_tokenizer()
+    else:
+        if args.train_tokenizer:
+            path = f"{folder}/tokenizer"
+            if broadcast(not os.path.exists(path)):
+                say(f"training a tokenizer of {args.train_tokenizer} tokens ...")
+                if dist.get_rank() == 0:
+                    texts = [text for row in rows for text in row.get("turns") or
+                             [str(message["content"]) for message in row["messages"]]]
+                    train_tokenizer(texts, args.train_tokenizer).save_pretrained(path + ".tmp")
+                    os.replace(path + ".tmp", path)
+                dist.barrier()
+        tokenizer = load_tokenizer(path)
+    if args.model:
+        return tokenizer, load_lm(args.model), args.model
+    lm = new_lm(args.from_config, tokenizer, args.seed) if args.from_config else untrained_walker(args.seed)
+    return tokenizer, lm, path or ""
+
+
+def train(
+    args: Args | None = None,
+    samples: list | None = None,
+    eval_prompts: list | None = None,
+    metric_fn: Callable | None = None,
+    held_out_samples: list | None = None,
+    stop_sequences: list[str] | None = None,
+):
+    """Train by SFT; return the model and its tokenizer, plain transformers objects (the model on rank 0, else None).
+
+    samples: texts, lists [prompt, output, prompt, output, ...], lists of messages, or rows with columns as in
+    `--dataset`, which they replace; held_out_samples: likewise, for the held-out loss. eval_prompts: texts, or rows
+    with a prompt and metadata. metric_fn(samples, prompts, outputs, tokenizer, **metadata) -> {name: list or number}, at
+    evaluation; it gets those arguments that it accepts. args: see `arguments`; random walks by default. Raises
+    UserError for what the user can mend.
+    """
+    started, args = time.time(), args or (arguments() if samples is None else Args())
+    check(args, samples)
+    device = init(args.seed)
+    name = os.path.basename((args.model or args.from_config or "randomwalks").rstrip("/")).removesuffix(".json")
+    folder, checkpoint = open_run(args, f"sft-{name}-{args.seed}", RESUMABLE)
+
+    # --- data, tokenizer, model
+    walks = random_walks(args.seed) if samples is None and args.dataset in (None, "randomwalks") else None
+    format_fn = load_function(args.format, "--format") if args.format else None
+    rows = load_samples(walks.walks if walks else samples, args.dataset, "--dataset", format_fn)
+    if args.eval_dataset or held_out_samples is not None:
+        held_out = load_samples(held_out_samples, args.eval_dataset, "--eval-dataset", format_fn)
+    else:
+        order = torch.randperm(len(rows), generator=generator(args.seed, 4)).tolist()
+        count = min(len(rows) - 1, math.ceil(args.held_out * len(rows)))
+        rows, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
+    held_out = evenly(held_out, args.num_eval_rows)
+    if args.packing == "windows" and any(row.get("said") != [True] for row in rows + held_out):
+        raise UserError("--packing windows is for texts: use --packing rows for prompts with outputs")
+    tokenizer, lm, path = start_from(args, rows, folder, walks is not None)
+    if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {args.model} embeds fewer: give its own "
+                        "--tokenizer")
+    rules = LogitRules(eos_ids=end_tokens(tokenizer, path))
+    config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
+    longest = window(args.max_length, config)
+    examples, dropped, cut = make_examples(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)
+    evals, *_ = make_examples(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args)
+    if not examples:
+        raise UserError(f"--dataset {args.dataset or ''}: none of its {len(rows)} rows has an output to train on")
+    if args.eval_dataset and not evals:
+        raise UserError(f"--eval-dataset {args.eval_dataset}: none of its rows has an output")
+    say(f"{len(rows)} rows to train on, {len(held_out)} held out; of the former {dropped} have no output and were left "
+        f"out, {cut} have more than {longest} tokens and were cut")
+
+    # --- what is trained
+    if args.num_layers_unfrozen != -1:
+        train_top(lm, args.num_layers_unfrozen)
+    lora = add_lora(lm, args.lora_rank, args.lora_alpha) if args.lora_rank else None
+    model = LanguageModel(lm)
+    room = longest if args.packing == "rows" and packs_exactly(model) else None
+    if args.packing == "rows":
+        say(f"packing: rows share lines of {longest} tokens" if room else
+            f"packing: a {type(lm).__name__} does not keep rows that share a line apart; each is padded instead")
+    if args.gradient_checkpointing:
+        checkpoint_blocks(lm)
+    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    prepare(model, dtype, device, shard_size=args.shard_size, offload=args.offload)
+    try_out(model)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+
+    # --- evaluation
+    own = walks.starts if walks else list(map(prompt_of, held_out or rows))
+    if all(row == "" for row in (row if isinstance(row, str) else row["prompt"] for row in own)):
+        own = [""] if start_token(tokenizer) is not None else []
+    metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
+    eval_rows, eval_ids = [], []
+    if args.num_eval_prompts and (own or args.eval_prompts or eval_prompts is not None):
+        eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", own, args.prompt_words)
+        eval_rows = evenly(eval_rows, args.num_eval_prompts)
+        free = prompt_room(args.max_length, args.max_new_tokens, config)
+        eval_ids, _ = encode_prompts(eval_rows, tokenizer, free, args.truncation_side, seq2seq)
+
+    def evaluate() -> tuple[dict[str, float], list[dict]]:
+        metrics, outputs = {}, []
+        if evals:
+            with torch.no_grad():
+                loss = batch_loss(model, evals, room, args.micro_batch_size)
+            metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))}
+        if eval_ids:
+            found, outputs = evaluate_samples(
+                model, tokenizer, eval_ids, eval_rows, rules, metric_fn, repeats=args.eval_samples,
+                max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
+                options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
+                stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
+            metrics |= found
+        return metrics, outputs
+
+    # --- loop
+    total = args.epochs * len(examples)
+    planned = math.ceil(total / args.batch_size)
+    steps = min(planned, args.max_steps or planned)
+    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf}
+    if checkpoint:
+        state |= load_checkpoint(checkpoint, model, optimizer)
+    log = RunLog(folder, args, state["step"], steps, args.track, started)
+    outputs = []
+    if not checkpoint:
+        state["before"], outputs = evaluate()
+        counts = {"data/rows": len(rows), "data/held_out": len(held_out), "data/dropped": dropped, "data/cut": cut}
+        log.metrics(0, {"samples": 0, "tokens": 0, **counts, **state["before"]}, tuple(state["before"]))
+        log.samples(0, outputs)
+        if outputs:
+            say(table("before training", evenly(outputs, 5)))
+    for step in range(state["step"], steps):
+        begun = time.time()
+        places = range(state["samples"], min(state["samples"] + args.batch_size, total))
+        batch = [examples[shuffled(place, len(examples), args.seed)] for place in places]
+        loss = batch_loss(model, batch, room, args.micro_batch_size)
+        rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder, {"examples": list(map(tuple, batch))})
+        state["step"], state["samples"] = step + 1, state["samples"] + len(batch)
+        state["tokens"] += sum(sum(example.trained) for example in batch)
+        seconds = time.time() - begun
+        read = sum(len(example.prompt) + len(example.output) for example in batch)
+        metrics = {"samples": state["samples"], "tokens": state["tokens"], "epoch": state["samples"] / len(examples),
+                   "loss/lm": loss, "optim/grad_norm": norm, "optim/learning_rate": rate, "perf/seconds": seconds,
+                   "perf/samples_per_second": len(batch) / seconds, "perf/tokens_per_second": read / seconds}
+        if state["step"] % args.eval_every == 0 or state["step"] == steps:
+            state["after"], outputs = evaluate()
+            metrics |= state["after"]
+            log.samples(state["step"], outputs)
+            if metrics.get("eval/loss", math.inf) < state["best"]:
+                state["best"] = metrics["eval/loss"]
+                export(model, tokenizer, f"{folder}/checkpoints/best", lora)
+        log.metrics(state["step"], metrics, ("loss/lm", *state.get("after", ())))
+        if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
+            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
+                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
+
+    log.close()
+    export(model, tokenizer, f"{folder}/model", lora)
+    if "after" in state and outputs:
+        say(table("after training", evenly(outputs, 5)))
+    after = state.get("after", state["before"])
+    say("; ".join([*(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in after.items()),
+                   f"model in {folder}/model"]))
+    if walks:
+        data = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
+        found = [value for name, value in after.items() if name.startswith("eval/invalid")]
+        say(f"share of valid paths: {1 - found[0]:.3f}; of the walks it learned from: {1 - data:.3f}" if found else "")
+    return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
+
+
+if __name__ == "__main__":
+    run(train, Args, preset)
