@@ -517,8 +517,8 @@ def train(
 
     samples: texts, lists [prompt, output, prompt, output, ...], lists of messages, or rows with columns as in
     `--dataset`, which they replace; held_out_samples: likewise, for the held-out loss. eval_prompts: texts, or rows
-    with a prompt and metadata. metric_fn(samples, prompts, outputs, tokenizer, **metadata) -> {name: list or number}, at
-    evaluation; it gets those arguments that it accepts. args: see `arguments`; random walks by default. Raises
+    with a prompt and metadata. metric_fn(samples, prompts, outputs, tokenizer, **metadata) -> {name: list or number}
+    measures them; it gets those arguments that it accepts. args: see `arguments`; random walks by default. Raises
     UserError for what the user can mend.
     """
     started, args = time.time(), args or (arguments() if samples is None else Args())
@@ -652,7 +652,8 @@ def train(
     if walks:
         data = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
         found = [value for name, value in after.items() if name.startswith("eval/invalid")]
-        say(f"share of valid paths: {1 - found[0]:.3f}; of the walks it learned from: {1 - data:.3f}" if found else "")
+        if found:
+            say(f"share of valid paths: {1 - found[0]:.3f}; of the walks it learned from: {1 - data:.3f}")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

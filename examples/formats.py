@@ -1,7 +1,7 @@
 """Functions for `sft.py --format examples/formats.py:NAME`: from a row of a data set to a row that sft.py knows.
 
-Each gets a row as a dict and returns a text, a list of turns, a list of messages, or a dict with columns text, prompt and
-completion, messages or turns; or None, which leaves the row out. Other columns go on to the metric function.
+Each gets a row as a dict and returns a text, a list of turns, a list of messages, or a dict with columns text, prompt
+and completion, messages or turns; or None, which leaves the row out. Other columns go on to the metric function.
 """
 
 
