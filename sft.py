@@ -237,10 +237,12 @@ def check(args: Args, samples: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon",
                   "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
-                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size", "max_length"),
+                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
     check_sampling(args)
+    if args.max_length is not None and args.max_length < 2:
+        raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
     given = samples is not None or args.dataset not in (None, "randomwalks")
     if args.model and args.from_config:
         raise UserError(f"--from-config {args.from_config}: leave it out, or --model {args.model}")
@@ -329,43 +331,54 @@ def prompt_of(row: dict) -> dict:
     return {name: row[name] for name in row if name not in ("turns", "said", "messages", "first")} | {"prompt": prompt}
 
 
+def causal_examples(ids: list[int], said: list[bool], ends: tuple[int, ...], eos: list[int]) -> list[Example]:
+    """A sequence, of which the tokens marked in `said` are trained, up to the last of these and an end token."""
+    if not any(said):
+        return []
+    end = len(said) - said[::-1].index(True)  # nothing is learned from what follows
+    more = [] if ids[end - 1] in ends else eos
+    ids, said = ids[:end] + more, said[:end] + [True] * len(more)
+    first = max(1, said.index(True))  # the first token of a text has nothing before it
+    return [Example(ids[:first], ids[first:], said[first:])] if ids[first:] else []
+
+
+def seq2seq_examples(row: dict, turns: list[list[int]], tokenizer, specials: tuple, ends: tuple, eos: list[int]):
+    """For each output of a row an example whose prompt, the encoder's, is all before it. turns: token ids of each."""
+    examples = []
+    for i, said in enumerate(row["said"] if "said" in row else [m["role"] == "assistant" for m in row["messages"]]):
+        if said and i >= row.get("first", 0):
+            if "messages" in row:
+                prompt = chat_ids(row["messages"][:i], tokenizer, add_generation_prompt=True) if i else []
+            else:
+                prompt = specials[0] + sum(turns[:i], []) + specials[1]
+            text = row["messages"][i]["content"] if "messages" in row else row["turns"][i]
+            output = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if output:
+                output += [] if output[-1] in ends else eos
+                examples.append(Example(prompt or [start_token(tokenizer)], output, [True] * len(output)))
+    return examples
+
+
 def encode(rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> list[list[Example]]:
     """The examples of each row: one for a causal model, one for each output for an encoder-decoder, none where there is
     nothing to train. Each ends in an end token, added where the data has none."""
-    head, tail = special_tokens(tokenizer, seq2seq)
+    specials = head, _ = special_tokens(tokenizer, seq2seq)
     eos, start = ([] if token is None else [token] for token in (tokenizer.eos_token_id, start_token(tokenizer)))
-    pieces = iter(tokenize_turns([row["turns"] for row in rows if "turns" in row], tokenizer))
+    if seq2seq and any(row.get("said") == [True] for row in rows):
+        raise UserError("the data has texts alone, which are for causal models: an encoder-decoder needs rows with "
+                        "prompt and completion")
+    tokenized = iter(tokenize_turns([row["turns"] for row in rows if "turns" in row], tokenizer))
     examples = []
     for row in rows:
-        found = []
-        if "messages" in row and seq2seq:
-            for i, message in enumerate(row["messages"]):
-                if message["role"] == "assistant" and i >= max(1, row["first"]):
-                    output = tokenizer(message["content"], add_special_tokens=False)["input_ids"]
-                    found.append((chat_ids(row["messages"][:i], tokenizer, add_generation_prompt=True), output))
+        turns = next(tokenized) if "turns" in row else []
+        if seq2seq:
+            examples.append(seq2seq_examples(row, turns, tokenizer, specials, ends, eos))
         elif "messages" in row:
-            ids, said = chat_outputs(row["messages"], tokenizer, ends, row["first"])
+            examples.append(causal_examples(*chat_outputs(row["messages"], tokenizer, ends, row["first"]), ends, eos))
         else:
-            parts = next(pieces)
-            if seq2seq and row["said"] == [True]:
-                raise UserError("the data has texts alone, which are for causal models: an encoder-decoder needs rows "
-                                "with prompt and completion")
-            for i, turn in enumerate(row["turns"]):
-                if seq2seq and row["said"][i]:
-                    output = tokenizer(turn, add_special_tokens=False)["input_ids"]
-                    found.append((head + sum(parts[:i], []) + tail, output))
-            parts = [head or ([] if row["said"][0] or parts[0] else start), *parts]
-            ids = sum(parts, [])
-            said = [flag for flag, part in zip([False, *row["said"]], parts) for _ in part]
-        if not seq2seq and any(said):
-            end = len(said) - said[::-1].index(True)  # nothing is learned from what follows the last output
-            more = [] if ids[end - 1] in ends else eos
-            ids, said = ids[:end] + more, said[:end] + [True] * len(more)
-            first = max(1, said.index(True))  # the first token of a text has nothing before it
-            examples.append([Example(ids[:first], ids[first:], said[first:])] if ids[first:] else [])
-        else:
-            found = [(prompt, output if output[-1] in ends else output + eos) for prompt, output in found if output]
-            examples.append([Example(prompt or start, output, [True] * len(output)) for prompt, output in found])
+            opening = head or ([] if row["said"][0] or turns[0] else start)  # BOS stands for an empty prompt
+            said = [flag for flag, turn in zip([False, *row["said"]], [opening, *turns]) for _ in turn]
+            examples.append(causal_examples(opening + sum(turns, []), said, ends, eos))
     return examples
 
 
@@ -414,8 +427,10 @@ def micro_batches(
     room: several examples share a line of at most this many tokens; None: each has a line of its own, padded.
     """
     lengths = [len(example.prompt) + len(example.output) for example in examples]
-    order = sorted(range(len(examples)), key=lengths.__getitem__)  # like lengths share a micro-batch
-    lines = pack(lengths, room) if room else [[row] for row in order]
+    if room:  # at least a line for each rank
+        lines = pack(lengths, min(room, max(*lengths, -(-sum(lengths) // dist.get_world_size()))))
+    else:  # like lengths share a micro-batch
+        lines = [[row] for row in sorted(range(len(examples)), key=lengths.__getitem__)]
     mine, real = rank_rows(len(lines))
     for start in range(0, len(mine), micro_batch_size):
         micro = slice(start, start + micro_batch_size)
@@ -483,7 +498,7 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
 
 
 def start_from(args: Args, rows: list[dict], folder: str, on_walks: bool):
-    """The tokenizer and the untrained model (transformers objects), and the path that the tokenizer was read from."""
+    """The tokenizer and the untrained model, as transformers objects."""
     path = args.tokenizer or args.model or args.from_config
     if on_walks and not (args.tokenizer or args.model):
         tokenizer = walks_tokenizer()
@@ -500,9 +515,9 @@ def start_from(args: Args, rows: list[dict], folder: str, on_walks: bool):
                 dist.barrier()
         tokenizer = load_tokenizer(path)
     if args.model:
-        return tokenizer, load_lm(args.model), args.model
+        return tokenizer, load_lm(args.model)
     lm = new_lm(args.from_config, tokenizer, args.seed) if args.from_config else untrained_walker(args.seed)
-    return tokenizer, lm, path or ""
+    return tokenizer, lm
 
 
 def train(
@@ -540,11 +555,11 @@ def train(
     held_out = evenly(held_out, args.num_eval_rows)
     if args.packing == "windows" and any(row.get("said") != [True] for row in rows + held_out):
         raise UserError("--packing windows is for texts: use --packing rows for prompts with outputs")
-    tokenizer, lm, path = start_from(args, rows, folder, walks is not None)
+    tokenizer, lm = start_from(args, rows, folder, walks is not None)
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {args.model} embeds fewer: give its own "
                         "--tokenizer")
-    rules = LogitRules(eos_ids=end_tokens(tokenizer, path))
+    rules = LogitRules(eos_ids=end_tokens(tokenizer, args.model))
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     longest = window(args.max_length, config)
     examples, dropped, cut = make_examples(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)
@@ -649,11 +664,9 @@ def train(
     after = state.get("after", state["before"])
     say("; ".join([*(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in after.items()),
                    f"model in {folder}/model"]))
-    if walks:
+    if walks and "eval/invalid" in after:
         data = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
-        found = [value for name, value in after.items() if name.startswith("eval/invalid")]
-        if found:
-            say(f"share of valid paths: {1 - found[0]:.3f}; of the walks it learned from: {1 - data:.3f}")
+        say(f"share of valid paths: {1 - after['eval/invalid']:.3f}; of the walks it learned from: {1 - data:.3f}")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

@@ -248,12 +248,13 @@ def chat_outputs(
     def length(count, **options):
         part = chat_ids(messages[:count], tokenizer, **options) if count else []
         if ids[: len(part)] != part:
-            raise UserError("the chat template has no {% generation %} marks, and writes earlier messages otherwise "
-                            "when later ones follow: which tokens are the assistant's cannot be told; add the marks")
+            raise UserError("the chat template writes earlier messages otherwise when later ones follow: which tokens "
+                            "are the assistant's cannot be told; mark them in it with {% generation %}")
         return len(part)
 
     if marked and first:
-        said[: length(first, add_generation_prompt=True)] = [False] * length(first, add_generation_prompt=True)
+        before = length(first)
+        said = [False] * before + said[before:]
     for i, message in enumerate(messages[first:] if not marked else [], first):
         if message["role"] == "assistant":
             start, stop = length(i, add_generation_prompt=True), length(i + 1)

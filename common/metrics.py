@@ -119,7 +119,8 @@ class RunLog:
         self.bar.n = step
         line = "  ".join(f"{name.rsplit('/', 1)[-1]} {values[name]:.3g}" for name in show if name in values)
         self.bar.set_postfix_str(line)
-        if self.bar.disable and (step % max(1, self.bar.total // 100) == 0 or step == self.bar.total):
+        evaluated = any(name.startswith("eval/") for name in values)
+        if self.bar.disable and (evaluated or step % max(1, self.bar.total // 100) == 0):
             print(f"step {step}/{self.bar.total}  {line}", flush=True)
 
     def samples(self, step: int, rows: list[dict]) -> None:

@@ -115,12 +115,12 @@ def _readable(flag: str, path: str):
         raise UserError(f"{flag} {path}: {what} ({str(error).strip().splitlines()[0][:160]})") from None
 
 
-def end_tokens(tokenizer, path: str) -> tuple[int, ...]:
-    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models')."""
-    try:
-        extra = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # it has none
-        extra = None
+def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
+    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models').
+    path: the model's, None for one from scratch."""
+    extra = None
+    with contextlib.suppress(OSError):  # it has none
+        extra = GenerationConfig.from_pretrained(path).eos_token_id if path else None
     extra = extra if isinstance(extra, list) else [extra]
     return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
 
