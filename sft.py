@@ -28,8 +28,11 @@ any number of them.
 import dataclasses
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -38,8 +41,7 @@ import torch.distributed as dist
 
 from common.cli import UserError, check_bounds, check_sampling, run
 from common.data import (
-    chat_ids,
-    chat_outputs,
+    chat_turns,
     cut_prompt,
     encode_prompts,
     evenly,
@@ -64,6 +66,7 @@ from common.distributed import (
     init,
     load_checkpoint,
     optimizer_step,
+    put_in_place,
     rank_rows,
     save_checkpoint,
 )
@@ -78,6 +81,7 @@ from common.models import (
     end_tokens,
     export,
     load_classifier,
+    load_config,
     load_lm,
     load_tokenizer,
     new_lm,
@@ -140,8 +144,8 @@ class Args:
     truncation_side: Literal["left", "right"] = "left"
     """the end of a long prompt that is cut off"""
     packing: Literal["none", "rows", "windows"] = "none"
-    """rows: several rows share a line of --max-length tokens, kept apart, which changes speed only; windows: texts are
-    joined and cut into full windows of --max-length tokens"""
+    """rows: several rows share a line of --max-length tokens, kept apart, which changes speed only (--micro-batch-size
+    then counts lines); windows: texts are joined and cut into full windows of --max-length tokens"""
 
     # evaluation
     eval_prompts: str | None = None
@@ -235,9 +239,9 @@ def check(args: Args, samples: list | None = None) -> None:
     """Refuse settings that cannot work, in one line that names the flag."""
     check_bounds(
         args,
-        positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon",
-                  "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
-                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size"),
+        positive=("epochs", "batch_size", "train_tokenizer", "micro_batch_size", "max_steps", "learning_rate",
+                  "adam_epsilon", "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every",
+                  "eval_samples", "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
     check_sampling(args)
@@ -251,8 +255,12 @@ def check(args: Args, samples: list | None = None) -> None:
         raise UserError(f"{flag} needs a --dataset: a file, a Hub data set, or randomwalks")
     if given and not (args.model or args.from_config):
         raise UserError(f"--dataset {args.dataset or ''} needs a --model, or --from-config for one from scratch")
-    if args.train_tokenizer is not None and (args.model or args.tokenizer or not args.from_config):
-        raise UserError("--train-tokenizer is for --from-config, without a --tokenizer")
+    if args.held_out == 1:
+        raise UserError("--held-out 1.0: leaves nothing to train on")
+    if args.train_tokenizer is not None and (args.model or args.tokenizer or not args.from_config or not given):
+        raise UserError("--train-tokenizer is for --from-config with a --dataset of texts, without a --tokenizer")
+    if args.tokenizer and not (args.model or args.from_config):
+        raise UserError("--tokenizer needs a --model or --from-config: random walks has its own")
     if given and args.from_config and args.from_config.endswith(".json"):
         if not (args.tokenizer or args.train_tokenizer):
             raise UserError(f"--from-config {args.from_config} needs a --tokenizer, or --train-tokenizer N")
@@ -267,21 +275,24 @@ def check(args: Args, samples: list | None = None) -> None:
 class Example(NamedTuple):
     """One sequence to train on, as token ids. A causal model reads prompt + output; an encoder reads the prompt."""
 
-    prompt: list[int]  # all before the first trained token; never empty
-    output: list[int]  # from the first trained token on; never empty
-    trained: list[bool]  # which tokens of the output are
+    prompt: Sequence[int]  # all before the first trained token, or the first token of a text; never empty
+    output: Sequence[int]  # all after it; never empty
+    trained: Sequence[bool]  # which tokens of the output are
 
 
 def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[dict]:
-    """Rows with their columns, and with `turns`, texts, and `said`, which of them are trained; or with `messages`, and
-    `first`, the number of the first that is trained. From a list, else a file or Hub data set; nothing given is
-    changed. Raises UserError naming the row for one that has none of the forms."""
+    """Rows with their columns, each by `sample_row`, from a list, else a file or Hub data set; nothing given changes.
+    Raises UserError naming the row for one that has none of the forms."""
     where = flag if given is not None else f"{flag} {path}"
-    if isinstance(given, (str, dict)) or (given is not None and not len(given)):
+    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not len(given)):
         raise UserError(f"{where}: holds no rows, or is not a list of them")
     rows = []
     for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
-        row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
+        try:
+            row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
         if row is not None:
             rows.append(sample_row(row, f"{where}, row {number}"))
     if not rows:
@@ -290,132 +301,144 @@ def load_samples(given: list | None, path: str | None, flag: str, format_fn: Cal
 
 
 def sample_row(row, where: str) -> dict:
-    """One row of `load_samples`: a text, turns, messages, or a dict with one of these or with prompt and completion."""
+    """A text, turns, messages, or a dict with one of these or with prompt and completion, as a new dict of its columns
+    with `turns`, texts, and `said`, which of them are trained; or with `messages`, and `first`, the number of the first
+    that may be trained. `where` names the row in messages."""
     if isinstance(row, str):
         row = {"text": row}
     elif isinstance(row, (list, tuple)):
-        row = {"messages" if is_chat(row) else "turns": list(row)}
+        row = {"messages" if is_chat(list(row)) else "turns": list(row)}
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a text, a list of turns or an object with columns, not {short(row)}")
     row = {name: value for name, value in row.items() if value is not None}
     prompt, completion = row.get("prompt"), row.get("completion")
-    if "prompt" in row and "completion" in row:
-        if is_chat(prompt) and (is_chat(completion) or isinstance(completion, str)):
-            answer = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
-            return row | {"messages": [*prompt, *answer], "first": len(prompt)}
-        turns, said = [prompt, completion], [False, True]
+    if "prompt" in row and "completion" in row and is_chat(prompt):
+        answer = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
+        row |= {"messages": [*prompt, *answer], "first": len(prompt)}
+    elif "prompt" in row and "completion" in row:
+        row |= {"turns": [prompt, completion], "said": [False, True]}
     elif "messages" in row:
-        if not is_chat(row["messages"]):
-            raise UserError(f"{where}: messages are objects with role and content, not {short(row['messages'])}")
-        return row | {"first": 0}
+        row["first"] = 0
     elif "turns" in row:
-        turns = row["turns"] if isinstance(row["turns"], (list, tuple)) and row["turns"] else [None]
-        said = [bool(i % 2) for i in range(len(turns))]
+        turns = list(row["turns"]) if isinstance(row["turns"], (list, tuple)) else [None]
+        row |= {"turns": turns, "said": [bool(i % 2) for i in range(len(turns))]}
     elif "text" in row:
-        turns, said = [row["text"]], [True]
+        row |= {"turns": [row["text"]], "said": [True]}
     else:
         raise UserError(f"{where}: has no text, prompt and completion, messages or turns, only "
                         f"{', '.join(map(str, row)) or 'nothing'}; --format can map rows")
-    if wrong := [turn for turn in turns if not isinstance(turn, str)]:
-        raise UserError(f"{where}: text, prompt, completion and each of the turns are texts, not {short(wrong[0])}")
-    return row | {"turns": list(turns), "said": said}
+    if "messages" in row:
+        if not is_chat(row["messages"]):
+            raise UserError(f"{where}: messages are objects with role and content, not {short(row['messages'])}")
+        texts = [message[name] for message in row["messages"] for name in ("role", "content")]
+    else:
+        texts = row["turns"] or [None]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"{where}: what is said must be texts, not {short(wrong[0])}")
+    return row | {"where": where}
 
 
-def prompt_of(row: dict) -> dict:
-    """The row as an evaluation prompt: all before its last output, with the row's columns."""
+def prompt_of(row: dict, words: int) -> dict:
+    """The row as an evaluation prompt, with its columns: all before its last output, or the first words of a text."""
     if "messages" in row:
         said = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and i >= row["first"]]
         prompt = row["messages"][: said[-1]] if said else row["messages"]
+    elif row["said"] == [True]:
+        opening = row["turns"][0].split()
+        prompt = " ".join(opening[: min(words, max(1, len(opening) // 2))])
     else:
         prompt = "".join(row["turns"][: max((i for i, said in enumerate(row["said"]) if said), default=0)])
-    return {name: row[name] for name in row if name not in ("turns", "said", "messages", "first")} | {"prompt": prompt}
-
-
-def causal_examples(ids: list[int], said: list[bool], ends: tuple[int, ...], eos: list[int]) -> list[Example]:
-    """A sequence, of which the tokens marked in `said` are trained, up to the last of these and an end token."""
-    if not any(said):
-        return []
-    end = len(said) - said[::-1].index(True)  # nothing is learned from what follows
-    more = [] if ids[end - 1] in ends else eos
-    ids, said = ids[:end] + more, said[:end] + [True] * len(more)
-    first = max(1, said.index(True))  # the first token of a text has nothing before it
-    return [Example(ids[:first], ids[first:], said[first:])] if ids[first:] else []
-
-
-def seq2seq_examples(row: dict, turns: list[list[int]], tokenizer, specials: tuple, ends: tuple, eos: list[int]):
-    """For each output of a row an example whose prompt, the encoder's, is all before it. turns: token ids of each."""
-    examples = []
-    for i, said in enumerate(row["said"] if "said" in row else [m["role"] == "assistant" for m in row["messages"]]):
-        if said and i >= row.get("first", 0):
-            if "messages" in row:
-                prompt = chat_ids(row["messages"][:i], tokenizer, add_generation_prompt=True) if i else []
-            else:
-                prompt = specials[0] + sum(turns[:i], []) + specials[1]
-            text = row["messages"][i]["content"] if "messages" in row else row["turns"][i]
-            output = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if output:
-                output += [] if output[-1] in ends else eos
-                examples.append(Example(prompt or [start_token(tokenizer)], output, [True] * len(output)))
-    return examples
+    columns = {name: row[name] for name in row if name not in ("turns", "said", "messages", "first", "where")}
+    return columns | {"prompt": prompt}
 
 
 def encode(rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> list[list[Example]]:
-    """The examples of each row: one for a causal model, one for each output for an encoder-decoder, none where there is
-    nothing to train. Each ends in an end token, added where the data has none."""
-    specials = head, _ = special_tokens(tokenizer, seq2seq)
-    eos, start = ([] if token is None else [token] for token in (tokenizer.eos_token_id, start_token(tokenizer)))
-    if seq2seq and any(row.get("said") == [True] for row in rows):
-        raise UserError("the data has texts alone, which are for causal models: an encoder-decoder needs rows with "
-                        "prompt and completion")
-    tokenized = iter(tokenize_turns([row["turns"] for row in rows if "turns" in row], tokenizer))
-    examples = []
+    """The examples of each row: one for a causal model (but see `chat_turns`), one for each output for an
+    encoder-decoder, none where there is nothing to train. Each ends in an end token, added where the data has none."""
+    found = []
     for row in rows:
-        turns = next(tokenized) if "turns" in row else []
-        if seq2seq:
-            examples.append(seq2seq_examples(row, turns, tokenizer, specials, ends, eos))
-        elif "messages" in row:
-            examples.append(causal_examples(*chat_outputs(row["messages"], tokenizer, ends, row["first"]), ends, eos))
-        else:
-            opening = head or ([] if row["said"][0] or turns[0] else start)  # BOS stands for an empty prompt
-            said = [flag for flag, turn in zip([False, *row["said"]], [opening, *turns]) for _ in turn]
-            examples.append(causal_examples(opening + sum(turns, []), said, ends, eos))
+        try:
+            chat = "messages" in row and chat_turns(row["messages"], tokenizer, row["first"], split=seq2seq)
+        except UserError as error:
+            raise UserError(f"{row['where']}: {error}") from None
+        if seq2seq and row.get("said") == [True]:
+            raise UserError(f"{row['where']}: a text alone is for causal models; an encoder-decoder needs rows with "
+                            "prompt and completion")
+        found.append(chat if "messages" in row else [(row["turns"], row["said"])])
+        if seq2seq:  # the encoder reads all that comes before an output
+            found[-1] = [(["".join(turns[:i]), turns[i]], [False, True])
+                         for turns, said in found[-1] for i, flag in enumerate(said) if flag]
+    specials = special_tokens(tokenizer, seq2seq)
+    eos, start = ([] if token is None else [token] for token in (tokenizer.eos_token_id, start_token(tokenizer)))
+    tokenized = iter(tokenize_turns([turns for parts in found for turns, _ in parts], tokenizer, apart=seq2seq))
+    examples = []
+    for row, parts in zip(rows, found):
+        head, tail = ([], []) if "messages" in row else specials  # a chat template writes its own
+        examples.append([])
+        for _, said in parts:
+            first, *others = next(tokenized)
+            opening = head or ([] if first or said[0] else start)  # BOS stands for an empty prompt
+            pieces = [opening, first + tail if seq2seq else first, *others]
+            trained = [flag for flag, piece in zip([False, *said], pieces) for _ in piece]
+            examples[-1] += whole_example(sum(pieces, []), trained, ends, eos)
     return examples
 
 
-def fit(example: Example, longest: int, side: str, specials: tuple[list[int], list[int]]) -> Example:
+def whole_example(ids: list[int], trained: list[bool], ends: tuple[int, ...], eos: list[int]) -> list[Example]:
+    """The sequence up to its last trained token and an end token; nothing where none is trained."""
+    if not any(trained):
+        return []
+    end = len(trained) - trained[::-1].index(True)  # nothing is learned from what follows
+    more = [] if ids[end - 1] in ends else eos
+    ids, trained = ids[:end] + more, trained[:end] + [True] * len(more)
+    first = max(1, trained.index(True))  # the first token of a text has nothing before it
+    return [Example(ids[:first], ids[first:], trained[first:])] if ids[first:] else []
+
+
+def fit(example: Example, longest: int, side: str, head: int, tail: int) -> Example:
     """The example in at most `longest` tokens: the prompt is cut on `side`, to half of them at most, then the output's
-    end. specials: the tokens that the tokenizer puts around a prompt, which stay."""
-    head, tail = (len(part) for part in specials)
-    room = max(longest - len(example.output), longest // 2)
-    prompt = cut_prompt(example.prompt, room, side, head, tail) if len(example.prompt) > room else example.prompt
-    kept = max(0, longest - len(prompt))
-    return Example(prompt, example.output[:kept], example.trained[:kept])
+    end. The first `head` and the last `tail` tokens of the prompt stay, special ones."""
+    kept = max(0, longest - min(len(example.prompt), longest // 2))
+    output, trained = example.output[:kept], example.trained[:kept]
+    while trained and not trained[-1]:
+        output, trained = output[:-1], trained[:-1]
+    room = max(1, longest - len(output))
+    prompt = example.prompt if len(example.prompt) <= room else cut_prompt(example.prompt, room, side, head, tail)
+    return Example(prompt, output, trained) if len(prompt) + len(output) <= longest else Example(prompt, [], [])
 
 
 def windows(examples: list[Example], length: int, start: int | None) -> list[Example]:
     """Texts, each with its end token, joined behind a start token and cut into windows of `length` tokens that overlap
-    by one: each token is trained once, given all before it in its window."""
-    stream = [token for example in examples for token in example.prompt + example.output]
-    if start is not None and stream[:1] != [start]:
-        stream = [start, *stream]
+    by one: each token is trained once, given all before it in its window. The last window is shorter."""
+    stream = array("i", [] if start is None or examples and examples[0].prompt[0] == start else [start])
+    for example in examples:
+        stream.extend(example.prompt)
+        stream.extend(example.output)
     cuts = [stream[i : i + length] for i in range(0, len(stream) - 1, length - 1)]
-    return [Example(cut[:1], cut[1:], [True] * (len(cut) - 1)) for cut in cuts]
+    return [Example(cut[:1], cut[1:], b"\1" * (len(cut) - 1)) for cut in cuts]
 
 
 def make_examples(
-    rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
+    rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, side: str, packing: str
 ) -> tuple[list[Example], int, int]:
     """The examples of the rows, in at most `longest` tokens; how many rows had nothing to train; how many were cut."""
-    encoded = encode(rows, tokenizer, ends, seq2seq)
-    if args.packing == "windows":
-        whole = [example for found in encoded for example in found]
-        return windows(whole, longest, start_token(tokenizer)), sum(not found for found in encoded), 0
-    specials = special_tokens(tokenizer, seq2seq)
-    fitted = [[fit(example, longest, args.truncation_side, ([], []) if "messages" in row else specials)
-               for example in found] for row, found in zip(rows, encoded)]
-    kept = [[example for example in found if example.output] for found in fitted]
-    cut = sum(bool(left) and found != whole for left, found, whole in zip(kept, fitted, encoded))
-    return [example for found in kept for example in found], sum(not found for found in kept), cut
+    examples, dropped, cut = [], 0, 0
+    _, tail = special_tokens(tokenizer, seq2seq)
+    for some in (rows[i : i + 1000] for i in range(0, len(rows), 1000)):
+        for row, found in zip(some, encode(some, tokenizer, ends, seq2seq)):
+            kept = []
+            for example in found:
+                head = int(example.prompt[0] == tokenizer.bos_token_id)
+                if packing != "windows":
+                    example = fit(example, longest, side, head, 0 if "messages" in row else len(tail))
+                # arrays take a tenth of the memory of lists
+                kept.append(Example(array("i", example.prompt), array("i", example.output), bytes(example.trained)))
+            cut += any(part.output and len(part.prompt) + len(part.output) < len(whole.prompt) + len(whole.output)
+                       for part, whole in zip(kept, found))
+            kept = [example for example in kept if example.output]
+            dropped += not kept
+            examples += kept
+    return windows(examples, longest, start_token(tokenizer)) if packing == "windows" else examples, dropped, cut
 
 
 def micro_batches(
@@ -432,17 +455,18 @@ def micro_batches(
     else:  # like lengths share a micro-batch
         lines = [[row] for row in sorted(range(len(examples)), key=lengths.__getitem__)]
     mine, real = rank_rows(len(lines))
-    for start in range(0, len(mine), micro_batch_size):
-        micro = slice(start, start + micro_batch_size)
+    for begin in range(0, len(mine), micro_batch_size):
+        micro = slice(begin, begin + micro_batch_size)
         chosen = [[examples[row] for row in lines[line]] for line in mine[micro]]
-        prompts, outputs, trained = zip(*(line[0] for line in chosen))
         if room:
             prompts = [[] for _ in chosen]
-            outputs = [[token for example in line for token in example.prompt + example.output] for line in chosen]
-            trained = [[flag for e in line for flag in [False] * len(e.prompt) + e.trained] for line in chosen]
-        batch = collate(prompts, outputs, start_id, device, trained)
+            outputs = [[token for part in line for token in (*part.prompt, *part.output)] for line in chosen]
+            trained = [[flag for part in line for flag in (*[0] * len(part.prompt), *part.trained)] for line in chosen]
+        else:
+            prompts, outputs, trained = zip(*([list(part) for part in line[0]] for line in chosen))
+        batch = collate(prompts, outputs, start_id, device, [[bool(flag) for flag in flags] for flags in trained])
         if room:
-            places = [[i for e in line for i in range(len(e.prompt) + len(e.output))] for line in chosen]
+            places = [[i for part in line for i in range(len(part.prompt) + len(part.output))] for line in chosen]
             batch["position_ids"] = pad_rows(places, 0)[0].to(device)
         weight = torch.tensor(real[micro], device=device)[:, None].expand_as(batch["scored"])[batch["scored"]]
         yield batch, weight
@@ -497,27 +521,34 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def start_from(args: Args, rows: list[dict], folder: str, on_walks: bool):
-    """The tokenizer and the untrained model, as transformers objects."""
-    path = args.tokenizer or args.model or args.from_config
-    if on_walks and not (args.tokenizer or args.model):
-        tokenizer = walks_tokenizer()
-    else:
-        if args.train_tokenizer:
-            path = f"{folder}/tokenizer"
-            if broadcast(not os.path.exists(path)):
-                say(f"training a tokenizer of {args.train_tokenizer} tokens ...")
-                if dist.get_rank() == 0:
-                    texts = [text for row in rows for text in row.get("turns") or
-                             [str(message["content"]) for message in row["messages"]]]
-                    train_tokenizer(texts, args.train_tokenizer).save_pretrained(path + ".tmp")
-                    os.replace(path + ".tmp", path)
-                dist.barrier()
-        tokenizer = load_tokenizer(path)
-    if args.model:
-        return tokenizer, load_lm(args.model)
-    lm = new_lm(args.from_config, tokenizer, args.seed) if args.from_config else untrained_walker(args.seed)
-    return tokenizer, lm
+def make_tokenizer(args: Args, rows: list[dict], folder: str, resumes: bool):
+    """The tokenizer that the flags name, or one trained on the rows, on rank 0, which a resumed run finds again."""
+    if not args.train_tokenizer:
+        path = args.tokenizer or args.model or args.from_config
+        return load_tokenizer(path) if path else walks_tokenizer()
+    path = f"{folder}/tokenizer"
+    if any("messages" in row for row in rows):
+        raise UserError("--train-tokenizer: the data has messages, which need a tokenizer with a chat template")
+    if not (resumes and broadcast(os.path.exists(path))):
+        say(f"training a tokenizer of {args.train_tokenizer} tokens ...")
+        if dist.get_rank() == 0:
+            shutil.rmtree(path + ".tmp", ignore_errors=True)
+            texts = (text for row in rows for text in row["turns"])
+            train_tokenizer(texts, args.train_tokenizer).save_pretrained(path + ".tmp")
+            put_in_place(path)
+        dist.barrier()
+    return load_tokenizer(path)
+
+
+def check_data(examples: list[Example]) -> int:
+    """A checksum of the data. Raises UserError where it is not the same on every rank."""
+    found = 0
+    for example in examples:
+        found = zlib.crc32(example.output.tobytes(), zlib.crc32(example.prompt.tobytes(), found))
+    if len(set(gather_rows([found], dist.get_world_size()))) > 1:
+        raise UserError("the processes have read different data: give all the same files, and a --format that returns "
+                        "the same on each")
+    return found
 
 
 def train(
@@ -550,26 +581,38 @@ def train(
         held_out = load_samples(held_out_samples, args.eval_dataset, "--eval-dataset", format_fn)
     else:
         order = torch.randperm(len(rows), generator=generator(args.seed, 4)).tolist()
-        count = min(len(rows) - 1, math.ceil(args.held_out * len(rows)))
+        count = min(len(rows) - 1, math.ceil(args.held_out * len(rows)), args.num_eval_rows)
         rows, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
     held_out = evenly(held_out, args.num_eval_rows)
     if args.packing == "windows" and any(row.get("said") != [True] for row in rows + held_out):
         raise UserError("--packing windows is for texts: use --packing rows for prompts with outputs")
-    tokenizer, lm = start_from(args, rows, folder, walks is not None)
+    if args.from_config:
+        load_config(args.from_config)  # a mistake in it shows before a tokenizer is trained
+    if walks and not (args.model or args.tokenizer):
+        tokenizer = walks_tokenizer()
+    else:
+        tokenizer = make_tokenizer(args, rows, folder, bool(checkpoint))
+    if args.model:
+        lm = load_lm(args.model)
+    else:
+        lm = new_lm(args.from_config, tokenizer, args.seed) if args.from_config else untrained_walker(args.seed)
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {args.model} embeds fewer: give its own "
                         "--tokenizer")
+    if tokenizer.eos_token_id is None:
+        say("the tokenizer has no EOS, so that outputs are not taught to end")
     rules = LogitRules(eos_ids=end_tokens(tokenizer, args.model))
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     longest = window(args.max_length, config)
-    examples, dropped, cut = make_examples(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)
-    evals, *_ = make_examples(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args)
+    kind = (tokenizer, rules.eos_ids, seq2seq, longest, args.truncation_side, args.packing)
+    examples, dropped, cut = make_examples(rows, *kind)
+    evals, evals_dropped, _ = make_examples(held_out, *kind)
     if not examples:
         raise UserError(f"--dataset {args.dataset or ''}: none of its {len(rows)} rows has an output to train on")
-    if args.eval_dataset and not evals:
-        raise UserError(f"--eval-dataset {args.eval_dataset}: none of its rows has an output")
-    say(f"{len(rows)} rows to train on, {len(held_out)} held out; of the former {dropped} have no output and were left "
-        f"out, {cut} have more than {longest} tokens and were cut")
+    if not evals and (args.eval_dataset or held_out_samples is not None):
+        raise UserError(f"--eval-dataset {args.eval_dataset or ''}: none of its {len(held_out)} rows has an output")
+    say(f"{len(rows)} rows to train on, {len(held_out)} held out; {dropped} and {evals_dropped} of them have no output "
+        f"and were left out; {cut} to train on have more than {longest} tokens and were cut")
 
     # --- what is trained
     if args.num_layers_unfrozen != -1:
@@ -589,9 +632,9 @@ def train(
     optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
 
     # --- evaluation
-    own = walks.starts if walks else list(map(prompt_of, held_out or rows))
-    if all(row == "" for row in (row if isinstance(row, str) else row["prompt"] for row in own)):
-        own = [""] if start_token(tokenizer) is not None else []
+    own = [prompt_of(row, args.prompt_words or 4) for row in held_out or rows]
+    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
+    own = walks.starts if walks else [row for row in own if row["prompt"] not in empty]
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
     eval_rows, eval_ids = [], []
     if args.num_eval_prompts and (own or args.eval_prompts or eval_prompts is not None):
@@ -612,20 +655,24 @@ def train(
                 max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
                 options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
                 stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
-            metrics |= found
+            metrics = {**metrics, **found, **metrics}  # a metric_fn's `loss` is not the held-out one
         return metrics, outputs
 
     # --- loop
     total = args.epochs * len(examples)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf}
+    state = {"step": 0, "samples": 0, "tokens": 0, "data": check_data(examples)}
     if checkpoint:
+        data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
+        if state["data"] != data:
+            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
     log = RunLog(folder, args, state["step"], steps, args.track, started)
     outputs = []
     if not checkpoint:
         state["before"], outputs = evaluate()
+        state["best"] = state["before"].get("eval/loss", math.inf)
         counts = {"data/rows": len(rows), "data/held_out": len(held_out), "data/dropped": dropped, "data/cut": cut}
         log.metrics(0, {"samples": 0, "tokens": 0, **counts, **state["before"]}, tuple(state["before"]))
         log.samples(0, outputs)
@@ -637,7 +684,8 @@ def train(
         batch = [examples[shuffled(place, len(examples), args.seed)] for place in places]
         loss = batch_loss(model, batch, room, args.micro_batch_size)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
-        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder, {"examples": list(map(tuple, batch))})
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
+                              {"examples": [[list(part) for part in example] for example in batch]})
         state["step"], state["samples"] = step + 1, state["samples"] + len(batch)
         state["tokens"] += sum(sum(example.trained) for example in batch)
         seconds = time.time() - begun
@@ -662,11 +710,13 @@ def train(
     if "after" in state and outputs:
         say(table("after training", evenly(outputs, 5)))
     after = state.get("after", state["before"])
-    say("; ".join([*(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in after.items()),
+    before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
+    say("; ".join([*(f"{name[5:]} {before.get(name, '')}{value:.3f}" for name, value in after.items()),
                    f"model in {folder}/model"]))
     if walks and "eval/invalid" in after:
         data = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
-        say(f"share of valid paths: {1 - after['eval/invalid']:.3f}; of the walks it learned from: {1 - data:.3f}")
+        say(f"share of valid paths, over edges that exist to the goal: {1 - after['eval/invalid']:.3f}; of the walks "
+            f"it learned from: {1 - data:.3f}")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

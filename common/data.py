@@ -1,5 +1,6 @@
 """Rows from files and the Hub, prompts as token ids, the order of the data; users' functions found, called, checked."""
 
+import bisect
 import csv
 import functools
 import gzip
@@ -162,7 +163,7 @@ def encode_prompts(
     for row in rows:
         head, tail = specials if isinstance(row["prompt"], str) else ([], [])
         if isinstance(row["prompt"], str):
-            body = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+            body = tokenizer(row["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
         else:
             body = chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
         tokens = cut_prompt(head + body + tail, room, side, len(head), len(tail))
@@ -195,22 +196,27 @@ def cut_prompt(ids: list[int], room: int, side: str, head: int = 0, tail: int = 
     return ids[:head] + (body[-space:] if side == "left" else body[:space]) + ids[len(ids) - tail :]
 
 
-def tokenize_turns(rows: list[list[str]], tokenizer) -> list[list[list[int]]]:
+def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> list[list[list[int]]]:
     """Token ids of texts that follow one another, such as [prompt, output, prompt, output], for each row.
 
     A turn has the tokens that it has in its context, so that SentencePiece adds no space in front of it, unless a token
-    would reach over the boundary: then it has the tokens that it has alone. The first turn always has those of the text
-    alone, as in sampling. No special tokens are added.
+    would reach over the boundary, or `apart`: then it has the tokens that it has alone. The first turn always has those
+    of the text alone, as in sampling. No special tokens are added.
     """
-    contexts = ["".join(turns[: i + 1]) for turns in rows for i in range(len(turns))]
-    encoded = iter(tokenizer(contexts, add_special_tokens=False, verbose=False)["input_ids"] if contexts else [])
+    contexts = [turn if apart else "".join(turns[: i + 1]) for turns in rows for i, turn in enumerate(turns)]
+    options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = iter(tokenizer(contexts, **options)["input_ids"] if contexts else [])
     pieces = []
     for turns in rows:
         before, parts = [], []
         for turn in turns:
             whole = next(encoded)
-            alone = whole[: len(before)] != before
-            parts.append(tokenizer(turn, add_special_tokens=False)["input_ids"] if alone else whole[len(before) :])
+            if apart:
+                parts.append(whole)
+            elif whole[: len(before)] == before:
+                parts.append(whole[len(before) :])
+            else:
+                parts.append(tokenizer(turn, **options)["input_ids"])
             before = before + parts[-1]
         pieces.append(parts)
     return pieces
@@ -218,71 +224,70 @@ def tokenize_turns(rows: list[list[str]], tokenizer) -> list[list[list[int]]]:
 
 def chat_ids(messages: list[dict], tokenizer, **options) -> list[int]:
     """Token ids of messages by the tokenizer's chat template. Raises UserError where there is none, or it fails."""
-    return _chat(messages, tokenizer, **options)["input_ids"]
+    return _chat(messages, tokenizer, return_dict=True, **options)["input_ids"]
 
 
-def _chat(messages, tokenizer, with_marks=False, **options):
+def _chat(messages, tokenizer, **options):
     if tokenizer.chat_template is None:
         raise UserError("the data has lists of messages and the tokenizer has no chat template: give texts")
-    marked = with_marks and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
     try:
-        options |= {"return_assistant_tokens_mask": True} if marked else {}
-        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
-    except jinja2.TemplateError as error:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the tokenizer's chat template refuses {short(messages)}: {error}") from None
 
 
-def chat_outputs(
-    messages: list[dict], tokenizer, ends: tuple[int, ...], first: int = 0
-) -> tuple[list[int], list[bool]]:
-    """Token ids of messages, and which of them are what the assistant says in `messages[first:]`, its end token too.
+def chat_turns(
+    messages: list[dict], tokenizer, first: int = 0, split: bool = False
+) -> list[tuple[list[str], list[bool]]]:
+    """Messages as rows of turns, texts by the tokenizer's chat template, and which of the turns the assistant says in
+    `messages[first:]`, each with the special token that ends it.
 
-    The template's own {% generation %} marks tell; without them, what each assistant message adds to the text of those
-    before it. ends: end tokens; what a template puts after one is not the assistant's. Raises UserError for a template
-    without marks that writes earlier messages otherwise when later ones follow.
+    One row, where the template tells: by its own {% generation %} marks, or because what it writes for the messages up
+    to an assistant's is how it begins for more of them. Otherwise (Qwen3 leaves out earlier thoughts), or with `split`,
+    a row [all before, the bare answer] for each of the assistant's messages.
     """
-    chat = _chat(messages, tokenizer, with_marks=True)
-    ids, marked = chat["input_ids"], "assistant_masks" in chat
-    said = [bool(mark) for mark in chat["assistant_masks"]] if marked else [False] * len(ids)
+    def render(count, **options):
+        return _chat(messages[:count], tokenizer, tokenize=False, **options) if count else ""
 
-    def length(count, **options):
-        part = chat_ids(messages[:count], tokenizer, **options) if count else []
-        if ids[: len(part)] != part:
-            raise UserError("the chat template writes earlier messages otherwise when later ones follow: which tokens "
-                            "are the assistant's cannot be told; mark them in it with {% generation %}")
-        return len(part)
-
-    if marked and first:
-        before = length(first)
-        said = [False] * before + said[before:]
-    for i, message in enumerate(messages[first:] if not marked else [], first):
-        if message["role"] == "assistant":
-            start, stop = length(i, add_generation_prompt=True), length(i + 1)
-            said[start:stop] = [True] * (stop - start)
-    stop = 0
-    while True in said[stop:]:
-        start = said.index(True, stop)
-        stop = said.index(False, start) if False in said[start:] else len(said)
-        last = max((i for i in range(start, stop) if ids[i] in ends), default=None)
-        if last is not None:
-            said[last + 1 : stop] = [False] * (stop - last - 1)
-        elif stop < len(ids) and ids[stop] in ends:
-            said[stop] = True
-            stop += 1
-    return ids, said
+    text = render(len(messages))
+    answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+    if split:
+        spans = None
+    elif re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        chat = _chat(messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True,
+                     tokenizer_kwargs={"return_offsets_mapping": True})
+        places = [place for place, mark in zip(chat["offset_mapping"], chat["assistant_masks"]) if mark]
+        starts = [place for place in places if place[0] not in {stop for _, stop in places}]
+        stops = [place for place in places if place[1] not in {start for start, _ in places}]
+        spans = [(start, stop) for (start, _), (_, stop) in zip(starts, stops) if start >= len(render(first))]
+    else:
+        parts = [(render(i, add_generation_prompt=True), render(i + 1)) for i in answers]
+        told = all(text.startswith(after) and after.startswith(before) for before, after in parts)
+        spans = [(len(before), len(after)) for before, after in parts] if told else None
+    if spans is None:
+        return [([render(i, add_generation_prompt=True), messages[i]["content"]], [False, True]) for i in answers]
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    turns, done = [], 0
+    for start, stop in spans:
+        ends = [text.rfind(token, start, stop) + len(token) for token in specials if token in text[start:stop]]
+        follows = [stop + len(token) for token in specials if text.startswith(token, stop)]
+        stop = max(ends or follows, default=stop)  # what a template writes after the end is not the assistant's
+        turns += [text[done:start], text[start:stop]]
+        done = stop
+    return [(turns, [False, True] * len(spans))]
 
 
 def pack(lengths: list[int], room: int) -> list[list[int]]:
-    """Row numbers in lines of at most `room` tokens: first fit, longest first. Lines, and rows in them, by length."""
-    lines, free = [], []
+    """Row numbers in lines of at most `room` tokens: longest row first, each in the fullest line that it fits in."""
+    lines, free = [], []  # free: space and number of each line, least space first
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        line = next((i for i, space in enumerate(free) if space >= lengths[row]), None)
-        if line is None:
-            line = len(lines)
+        place = bisect.bisect_left(free, (lengths[row], -1))
+        if place == len(free):
+            free.append((room, len(lines)))
             lines.append([])
-            free.append(room)
+        space, line = free.pop(place)
         lines[line].append(row)
-        free[line] -= lengths[row]
+        bisect.insort(free, (space - lengths[row], line))
     return lines
 
 
@@ -363,6 +368,8 @@ def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
     checked = {}
     for name, value in metrics.items():
         value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
+        if isinstance(value, list):
+            value = [x.item() if hasattr(x, "item") else x for x in value]
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) != count and value is numbers or not all(isinstance(x, (int, float)) for x in numbers):
             raise UserError(f"the metric function returned {short(value)} as '{name}' of {count} samples: it must be "

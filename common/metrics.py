@@ -129,7 +129,7 @@ class RunLog:
             return
         with open(f"{self.folder}/samples.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
-        if self.wandb:
+        if self.wandb and rows:
             import wandb
 
             values = [list(row.values()) for row in rows]

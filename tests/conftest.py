@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,9 @@ def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **
     environment.pop("PYTHONPATH", None)
     return subprocess.run([*launcher, *words], cwd=cwd, env=environment, capture_output=True, text=True,
                           timeout=timeout)
+
+
+def documented_metrics(script: str) -> set[str]:
+    """The metrics in the README's table of `script`, under its heading "What SCRIPT logs"."""
+    section = (ROOT / "README.md").read_text().split(f"## What {script} logs")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `([a-z_/0-9]+)`", section, re.M))

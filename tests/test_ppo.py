@@ -1,6 +1,5 @@
 """ppo.py as its users run it: from Python on tiny models, and as a command on one and two processes."""
 
-import ast
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, char_tokenizer, run_script, tiny_lm
+from conftest import ROOT, char_tokenizer, documented_metrics, run_script, tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import ppo
@@ -131,10 +130,7 @@ def test_metrics_are_those_of_the_readme(model_path, tmp_path):
     args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
     ppo.train(args, reward_fn=letters, prompts=PROMPTS)
     logged = set().union(*rows_of(tmp_path / "run"))
-    section = (ROOT / "README.md").read_text().split("## What is logged")[1].split("\n## ")[0]
-    documented = set(re.findall(r"^\| `([a-z_/0-9]+)`", section, re.M))
-    documented -= {"eval/optimality", "eval/invalid"}  # random walks only
-    assert logged == documented
+    assert logged == documented_metrics("ppo.py") - {"eval/optimality", "eval/invalid"}  # random walks only
 
 
 def test_the_reference_stays_and_the_penalty_is_paid(model_path, tmp_path):
@@ -527,36 +523,3 @@ def test_random_walks_are_learned(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run")
     assert rows[0]["eval/optimality"] < 0.3 and rows[-1]["eval/optimality"] > 0.75
-
-
-# --- the repository ---------------------------------------------------------------------------------------------------
-
-
-def test_no_flag_is_unread_and_same_names_are_the_same_code():
-    """Every field of Args is read; a name that stands in two scripts is the same code there."""
-    seen, fields = {}, {}
-    plumbing = "".join(path.read_text() for path in (ROOT / "common").glob("*.py"))
-    for path in ROOT.glob("*.py"):
-        text = path.read_text()
-        for node in ast.parse(text).body:
-            named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            if named and node.name not in {"Args", "train", "check", "update"}:  # each script's own
-                assert seen.setdefault(node.name, ast.unparse(node)) == ast.unparse(node), f"{node.name} drifted"
-            if isinstance(node, ast.ClassDef) and node.name == "Args":
-                for item, doc in zip(node.body, node.body[1:]):
-                    if isinstance(item, ast.AnnAssign):
-                        name, kind = item.target.id, (ast.unparse(item.annotation), ast.unparse(doc))
-                        assert isinstance(doc, ast.Expr), f"{path.name}: {name} has no docstring"
-                        assert fields.setdefault(name, kind) == kind, f"{path.name}: the flag {name} drifted"
-                        read = re.search(rf"args\.{name}\b", text + plumbing) or f'"--{name}"' in plumbing
-                        assert read, f"{path.name}: the flag {name} is not read"
-
-
-def test_readme_commands_use_flags_that_exist():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    names = {"--" + name.replace("_", "-") for name in ppo.Args.__dataclass_fields__}
-    commands = re.findall(r"^\s*(?:\S+ )*(?:python|torchrun)\S* .*?ppo\.py(.*)$", text, re.M)
-    assert commands
-    for command in commands:
-        for flag in re.findall(r"(?<= )--[a-z][a-z-]*", command.split("#")[0]):
-            assert flag in names, f"README: ppo.py has no flag {flag}"

@@ -1,0 +1,62 @@
+"""What holds for all scripts together: no dead flags, no drifted copies, a README whose commands exist."""
+
+import ast
+import re
+
+from conftest import ROOT
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def args_of(script: str) -> dict[str, tuple[str, str]]:
+    """The fields of a script's Args: annotation and docstring of each."""
+    node = next(node for node in ast.parse((ROOT / script).read_text()).body
+                if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {}
+    for item, doc in zip(node.body, [*node.body[1:], None]):
+        if isinstance(item, ast.AnnAssign):
+            assert isinstance(doc, ast.Expr), f"{script}: {item.target.id} has no docstring"
+            fields[item.target.id] = ast.unparse(item.annotation), ast.unparse(doc)
+    return fields
+
+
+def test_no_flag_is_unread():
+    plumbing = "".join(path.read_text() for path in (ROOT / "common").glob("*.py"))
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        for name in args_of(script):
+            read = re.search(rf"args\.{name}\b", text + plumbing) or f'"--{name}"' in plumbing
+            assert read, f"{script}: the flag {name} is not read"
+
+
+def test_same_names_are_the_same_code():
+    """A function or class that stands in two scripts is the same there, and so are the flags of one name. Exempt is
+    what each script must have of its own: flags, their defaults by task, their checks, its update and its loop."""
+    seen, fields = {}, {}
+    for script in SCRIPTS:
+        for node in ast.parse((ROOT / script).read_text()).body:
+            named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            if named and node.name not in {"Args", "preset", "check", "update", "train"}:
+                assert seen.setdefault(node.name, ast.unparse(node)) == ast.unparse(node), f"{node.name} drifted"
+        for name, kind in args_of(script).items():
+            assert fields.setdefault(name, kind) == kind, f"{script}: the flag {name} drifted"
+
+
+def test_scripts_do_not_import_each_other():
+    names = {script.removesuffix(".py") for script in SCRIPTS}
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                found = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
+                assert not found & names, f"{script} imports {found & names}"
+
+
+def test_readme_commands_use_flags_that_exist():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    for script in SCRIPTS:
+        names = {"--" + name.replace("_", "-") for name in args_of(script)}
+        commands = re.findall(rf"^\s*(?:\S+ )*(?:python|torchrun)\S* .*?\b{script}(.*)$", text, re.M)
+        assert commands, f"README: no command of {script}"
+        for command in commands:
+            for flag in re.findall(r"(?<= )--[a-z][a-z-]*", re.split(r"#|&&", command)[0]):
+                assert flag in names, f"README: {script} has no flag {flag}"
