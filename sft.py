@@ -358,7 +358,7 @@ def encode(rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool) ->
     found = []
     for row in rows:
         try:
-            chat = "messages" in row and chat_turns(row["messages"], tokenizer, row["first"], split=seq2seq)
+            chat = "messages" in row and chat_turns(row["messages"], tokenizer, ends, row["first"], split=seq2seq)
         except UserError as error:
             raise UserError(f"{row['where']}: {error}") from None
         if seq2seq and row.get("said") == [True]:
@@ -419,7 +419,7 @@ def windows(examples: list[Example], length: int, start: int | None) -> list[Exa
 
 
 def make_examples(
-    rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, side: str, packing: str
+    rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
 ) -> tuple[list[Example], int, int]:
     """The examples of the rows, in at most `longest` tokens; how many rows had nothing to train; how many were cut."""
     examples, dropped, cut = [], 0, 0
@@ -429,8 +429,8 @@ def make_examples(
             kept = []
             for example in found:
                 head = int(example.prompt[0] == tokenizer.bos_token_id)
-                if packing != "windows":
-                    example = fit(example, longest, side, head, 0 if "messages" in row else len(tail))
+                if args.packing != "windows":
+                    example = fit(example, longest, args.truncation_side, head, 0 if "messages" in row else len(tail))
                 # arrays take a tenth of the memory of lists
                 kept.append(Example(array("i", example.prompt), array("i", example.output), bytes(example.trained)))
             cut += any(part.output and len(part.prompt) + len(part.output) < len(whole.prompt) + len(whole.output)
@@ -438,7 +438,9 @@ def make_examples(
             kept = [example for example in kept if example.output]
             dropped += not kept
             examples += kept
-    return windows(examples, longest, start_token(tokenizer)) if packing == "windows" else examples, dropped, cut
+    if args.packing == "windows":
+        examples = windows(examples, longest, start_token(tokenizer))
+    return examples, dropped, cut
 
 
 def micro_batches(
@@ -604,9 +606,8 @@ def train(
     rules = LogitRules(eos_ids=end_tokens(tokenizer, args.model))
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     longest = window(args.max_length, config)
-    kind = (tokenizer, rules.eos_ids, seq2seq, longest, args.truncation_side, args.packing)
-    examples, dropped, cut = make_examples(rows, *kind)
-    evals, evals_dropped, _ = make_examples(held_out, *kind)
+    examples, dropped, cut = make_examples(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)
+    evals, evals_dropped, _ = make_examples(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args)
     if not examples:
         raise UserError(f"--dataset {args.dataset or ''}: none of its {len(rows)} rows has an output to train on")
     if not evals and (args.eval_dataset or held_out_samples is not None):

@@ -237,17 +237,24 @@ def _chat(messages, tokenizer, **options):
 
 
 def chat_turns(
-    messages: list[dict], tokenizer, first: int = 0, split: bool = False
+    messages: list[dict], tokenizer, ends: tuple[int, ...], first: int = 0, split: bool = False
 ) -> list[tuple[list[str], list[bool]]]:
     """Messages as rows of turns, texts by the tokenizer's chat template, and which of the turns the assistant says in
-    `messages[first:]`, each with the special token that ends it.
+    `messages[first:]`, each with the token that ends it: one of `ends` or another special one.
 
     One row, where the template tells: by its own {% generation %} marks, or because what it writes for the messages up
     to an assistant's is how it begins for more of them. Otherwise (Qwen3 leaves out earlier thoughts), or with `split`,
     a row [all before, the bare answer] for each of the assistant's messages.
     """
-    def render(count, **options):
-        return _chat(messages[:count], tokenizer, tokenize=False, **options) if count else ""
+    def render(count, said=messages, **options):
+        return _chat(said[:count], tokenizer, tokenize=False, **options) if count else ""
+
+    def before(i):
+        if i:
+            return render(i, add_generation_prompt=True)
+        asked = [{"role": "user", "content": "a"}]  # templates take no empty list, and an answer may come first
+        opening = render(1, asked, add_generation_prompt=True).removeprefix(render(1, asked))
+        return text[: text.find(opening) + len(opening)] if opening in render(1) else ""
 
     text = render(len(messages))
     answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
@@ -261,12 +268,13 @@ def chat_turns(
         stops = [place for place in places if place[1] not in {start for start, _ in places}]
         spans = [(start, stop) for (start, _), (_, stop) in zip(starts, stops) if start >= len(render(first))]
     else:
-        parts = [(render(i, add_generation_prompt=True), render(i + 1)) for i in answers]
-        told = all(text.startswith(after) and after.startswith(before) for before, after in parts)
-        spans = [(len(before), len(after)) for before, after in parts] if told else None
+        parts = [(before(i), render(i + 1)) for i in answers]
+        told = all(text.startswith(after) and after.startswith(start) for start, after in parts)
+        spans = [(len(start), len(after)) for start, after in parts] if told else None
     if spans is None:
-        return [([render(i, add_generation_prompt=True), messages[i]["content"]], [False, True]) for i in answers]
+        return [([before(i), messages[i]["content"]], [False, True]) for i in answers]
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    specials += [tokenizer.decode([token]) for token in ends]
     turns, done = [], 0
     for start, stop in spans:
         ends = [text.rfind(token, start, stop) + len(token) for token in specials if token in text[start:stop]]
@@ -274,7 +282,7 @@ def chat_turns(
         stop = max(ends or follows, default=stop)  # what a template writes after the end is not the assistant's
         turns += [text[done:start], text[start:stop]]
         done = stop
-    return [(turns, [False, True] * len(spans))]
+    return [(turns, [False, True] * len(spans))] if spans else []
 
 
 def pack(lengths: list[int], room: int) -> list[list[int]]:
