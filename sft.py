@@ -280,9 +280,20 @@ class Example(NamedTuple):
     trained: Sequence[bool]  # which tokens of the output are
 
 
-def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[dict]:
-    """Rows with their columns, each by `sample_row`, from a list, else a file or Hub data set; nothing given changes.
-    Raises UserError naming the row for one that has none of the forms."""
+class Row(NamedTuple):
+    """A row of the data set: turns, texts, with `said`, which of them are trained; or else messages."""
+
+    where: str  # its file and number, for messages to the user
+    columns: dict  # what a metric function can ask for
+    turns: list[str] | None = None
+    said: list[bool] | None = None
+    messages: list[dict] | None = None
+    first: int = 0  # the number of the first message that may be trained
+
+
+def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[Row]:
+    """The rows of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row for
+    one that has none of the forms."""
     where = flag if given is not None else f"{flag} {path}"
     if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not len(given)):
         raise UserError(f"{where}: holds no rows, or is not a list of them")
@@ -300,71 +311,70 @@ def load_samples(given: list | None, path: str | None, flag: str, format_fn: Cal
     return rows
 
 
-def sample_row(row, where: str) -> dict:
-    """A text, turns, messages, or a dict with one of these or with prompt and completion, as a new dict of its columns
-    with `turns`, texts, and `said`, which of them are trained; or with `messages`, and `first`, the number of the first
-    that may be trained. `where` names the row in messages."""
+def sample_row(row, where: str) -> Row:
+    """A text, a list of turns or of messages, or a dict with one of these or with prompt and completion, as a Row."""
     if isinstance(row, str):
         row = {"text": row}
     elif isinstance(row, (list, tuple)):
         row = {"messages" if is_chat(list(row)) else "turns": list(row)}
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be a text, a list of turns or an object with columns, not {short(row)}")
-    row = {name: value for name, value in row.items() if value is not None}
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if "prompt" in row and "completion" in row and is_chat(prompt):
-        answer = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
-        row |= {"messages": [*prompt, *answer], "first": len(prompt)}
-    elif "prompt" in row and "completion" in row:
-        row |= {"turns": [prompt, completion], "said": [False, True]}
-    elif "messages" in row:
-        row["first"] = 0
-    elif "turns" in row:
-        turns = list(row["turns"]) if isinstance(row["turns"], (list, tuple)) else [None]
-        row |= {"turns": turns, "said": [bool(i % 2) for i in range(len(turns))]}
-    elif "text" in row:
-        row |= {"turns": [row["text"]], "said": [True]}
+    columns = {name: value for name, value in row.items() if value is not None}
+    turns = said = messages = None
+    first = 0
+    if "prompt" in columns and "completion" in columns:
+        prompt, completion = columns["prompt"], columns["completion"]
+        if is_chat(prompt):
+            answer = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
+            messages, first = [*prompt, *answer], len(prompt)
+        else:
+            turns, said = [prompt, completion], [False, True]
+    elif "messages" in columns:
+        messages = columns["messages"]
+        if not is_chat(messages):
+            raise UserError(f"{where}: messages are objects with role and content, not {short(messages)}")
+    elif "turns" in columns:
+        turns = columns["turns"]
+        if not isinstance(turns, (list, tuple)) or not turns:
+            raise UserError(f"{where}: turns are a list of texts, not {short(turns)}")
+        turns, said = list(turns), [bool(i % 2) for i in range(len(turns))]
+    elif "text" in columns:
+        turns, said = [columns["text"]], [True]
     else:
         raise UserError(f"{where}: has no text, prompt and completion, messages or turns, only "
-                        f"{', '.join(map(str, row)) or 'nothing'}; --format can map rows")
-    if "messages" in row:
-        if not is_chat(row["messages"]):
-            raise UserError(f"{where}: messages are objects with role and content, not {short(row['messages'])}")
-        texts = [message[name] for message in row["messages"] for name in ("role", "content")]
-    else:
-        texts = row["turns"] or [None]
+                        f"{', '.join(map(str, columns)) or 'nothing'}; --format can map rows")
+    texts = [message[name] for message in messages for name in ("role", "content")] if messages else turns
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise UserError(f"{where}: what is said must be texts, not {short(wrong[0])}")
-    return row | {"where": where}
+    return Row(where, columns, turns, said, messages, first)
 
 
-def prompt_of(row: dict, words: int) -> dict:
+def prompt_of(row: Row, words: int) -> dict:
     """The row as an evaluation prompt, with its columns: all before its last output, or the first words of a text."""
-    if "messages" in row:
-        said = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and i >= row["first"]]
-        prompt = row["messages"][: said[-1]] if said else row["messages"]
-    elif row["said"] == [True]:
-        opening = row["turns"][0].split()
+    if row.messages:
+        said = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and i >= row.first]
+        prompt = row.messages[: said[-1]] if said else row.messages
+    elif row.said == [True]:
+        opening = row.turns[0].split()
         prompt = " ".join(opening[: min(words, max(1, len(opening) // 2))])
     else:
-        prompt = "".join(row["turns"][: max((i for i, said in enumerate(row["said"]) if said), default=0)])
-    columns = {name: row[name] for name in row if name not in ("turns", "said", "messages", "first", "where")}
-    return columns | {"prompt": prompt}
+        prompt = "".join(row.turns[: max((i for i, said in enumerate(row.said) if said), default=0)])
+    return {**row.columns, "prompt": prompt}
 
 
-def encode(rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> list[list[Example]]:
+def encode(rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> list[list[Example]]:
     """The examples of each row: one for a causal model (but see `chat_turns`), one for each output for an
     encoder-decoder, none where there is nothing to train. Each ends in an end token, added where the data has none."""
     found = []
     for row in rows:
-        try:
-            chat = "messages" in row and chat_turns(row["messages"], tokenizer, ends, row["first"], split=seq2seq)
-        except UserError as error:
-            raise UserError(f"{row['where']}: {error}") from None
-        if seq2seq and row.get("said") == [True]:
-            raise UserError(f"{row['where']}: a text alone is for causal models; an encoder-decoder needs rows with "
+        if seq2seq and row.said == [True]:
+            raise UserError(f"{row.where}: a text alone is for causal models; an encoder-decoder needs rows with "
                             "prompt and completion")
-        found.append(chat if "messages" in row else [(row["turns"], row["said"])])
+        try:
+            found.append(chat_turns(row.messages, tokenizer, ends, row.first, split=seq2seq) if row.messages else
+                         [(row.turns, row.said)])
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
         if seq2seq:  # the encoder reads all that comes before an output
             found[-1] = [(["".join(turns[:i]), turns[i]], [False, True])
                          for turns, said in found[-1] for i, flag in enumerate(said) if flag]
@@ -373,12 +383,13 @@ def encode(rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool) ->
     tokenized = iter(tokenize_turns([turns for parts in found for turns, _ in parts], tokenizer, apart=seq2seq))
     examples = []
     for row, parts in zip(rows, found):
-        head, tail = ([], []) if "messages" in row else specials  # a chat template writes its own
+        head, tail = ([], []) if row.messages else specials  # a chat template writes its own
         examples.append([])
         for _, said in parts:
             first, *others = next(tokenized)
+            first += tail if seq2seq else []
             opening = head or ([] if first or said[0] else start)  # BOS stands for an empty prompt
-            pieces = [opening, first + tail if seq2seq else first, *others]
+            pieces = [opening, first, *others]
             trained = [flag for flag, piece in zip([False, *said], pieces) for _ in piece]
             examples[-1] += whole_example(sum(pieces, []), trained, ends, eos)
     return examples
@@ -419,7 +430,7 @@ def windows(examples: list[Example], length: int, start: int | None) -> list[Exa
 
 
 def make_examples(
-    rows: list[dict], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
+    rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
 ) -> tuple[list[Example], int, int]:
     """The examples of the rows, in at most `longest` tokens; how many rows had nothing to train; how many were cut."""
     examples, dropped, cut = [], 0, 0
@@ -430,7 +441,7 @@ def make_examples(
             for example in found:
                 head = int(example.prompt[0] == tokenizer.bos_token_id)
                 if args.packing != "windows":
-                    example = fit(example, longest, args.truncation_side, head, 0 if "messages" in row else len(tail))
+                    example = fit(example, longest, args.truncation_side, head, 0 if row.messages else len(tail))
                 # arrays take a tenth of the memory of lists
                 kept.append(Example(array("i", example.prompt), array("i", example.output), bytes(example.trained)))
             cut += any(part.output and len(part.prompt) + len(part.output) < len(whole.prompt) + len(whole.output)
@@ -523,19 +534,19 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(args: Args, rows: list[dict], folder: str, resumes: bool):
+def make_tokenizer(args: Args, rows: list[Row], folder: str, resumes: bool):
     """The tokenizer that the flags name, or one trained on the rows, on rank 0, which a resumed run finds again."""
     if not args.train_tokenizer:
         path = args.tokenizer or args.model or args.from_config
         return load_tokenizer(path) if path else walks_tokenizer()
     path = f"{folder}/tokenizer"
-    if any("messages" in row for row in rows):
+    if any(row.messages for row in rows):
         raise UserError("--train-tokenizer: the data has messages, which need a tokenizer with a chat template")
     if not (resumes and broadcast(os.path.exists(path))):
         say(f"training a tokenizer of {args.train_tokenizer} tokens ...")
         if dist.get_rank() == 0:
             shutil.rmtree(path + ".tmp", ignore_errors=True)
-            texts = (text for row in rows for text in row["turns"])
+            texts = (text for row in rows for text in row.turns)
             train_tokenizer(texts, args.train_tokenizer).save_pretrained(path + ".tmp")
             put_in_place(path)
         dist.barrier()
@@ -586,7 +597,7 @@ def train(
         count = min(len(rows) - 1, math.ceil(args.held_out * len(rows)), args.num_eval_rows)
         rows, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
     held_out = evenly(held_out, args.num_eval_rows)
-    if args.packing == "windows" and any(row.get("said") != [True] for row in rows + held_out):
+    if args.packing == "windows" and any(row.said != [True] for row in rows + held_out):
         raise UserError("--packing windows is for texts: use --packing rows for prompts with outputs")
     if args.from_config:
         load_config(args.from_config)  # a mistake in it shows before a tokenizer is trained
@@ -663,7 +674,7 @@ def train(
     total = args.epochs * len(examples)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "tokens": 0, "data": check_data(examples)}
+    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples)}
     if checkpoint:
         data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
@@ -673,7 +684,6 @@ def train(
     outputs = []
     if not checkpoint:
         state["before"], outputs = evaluate()
-        state["best"] = state["before"].get("eval/loss", math.inf)
         counts = {"data/rows": len(rows), "data/held_out": len(held_out), "data/dropped": dropped, "data/cut": cut}
         log.metrics(0, {"samples": 0, "tokens": 0, **counts, **state["before"]}, tuple(state["before"]))
         log.samples(0, outputs)
