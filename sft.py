@@ -409,11 +409,9 @@ def whole_example(ids: list[int], trained: list[bool], ends: tuple[int, ...], eo
 def fit(example: Example, longest: int, side: str, head: int, tail: int) -> Example:
     """The example in at most `longest` tokens: the prompt is cut on `side`, to half of them at most, then the output's
     end. The first `head` and the last `tail` tokens of the prompt stay, special ones."""
-    kept = max(0, longest - min(len(example.prompt), longest // 2))
-    output, trained = example.output[:kept], example.trained[:kept]
-    while trained and not trained[-1]:
-        output, trained = output[:-1], trained[:-1]
-    room = max(1, longest - len(output))
+    kept = longest - min(len(example.prompt), longest // 2)
+    kept = max((i + 1 for i, trained in enumerate(example.trained[:kept]) if trained), default=0)
+    output, trained, room = example.output[:kept], example.trained[:kept], longest - kept
     prompt = example.prompt if len(example.prompt) <= room else cut_prompt(example.prompt, room, side, head, tail)
     return Example(prompt, output, trained) if len(prompt) + len(output) <= longest else Example(prompt, [], [])
 
@@ -674,7 +672,7 @@ def train(
     total = args.epochs * len(examples)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples)}
+    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples + evals)}
     if checkpoint:
         data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
