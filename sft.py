@@ -41,6 +41,7 @@ import torch.distributed as dist
 
 from common.cli import UserError, check_bounds, check_sampling, run
 from common.data import (
+    chat_ends,
     chat_turns,
     cut_prompt,
     encode_prompts,
@@ -432,14 +433,14 @@ def make_examples(
 ) -> tuple[list[Example], int, int]:
     """The examples of the rows, in at most `longest` tokens; how many rows had nothing to train; how many were cut."""
     examples, dropped, cut = [], 0, 0
-    _, tail = special_tokens(tokenizer, seq2seq)
+    head, tail = map(len, special_tokens(tokenizer, seq2seq))
     for some in (rows[i : i + 1000] for i in range(0, len(rows), 1000)):
         for row, found in zip(some, encode(some, tokenizer, ends, seq2seq)):
             kept = []
             for example in found:
-                head = int(example.prompt[0] == tokenizer.bos_token_id)
                 if args.packing != "windows":
-                    example = fit(example, longest, args.truncation_side, head, 0 if row.messages else len(tail))
+                    ends_of_prompt = chat_ends(example.prompt, tokenizer) if row.messages else (head, tail)
+                    example = fit(example, longest, args.truncation_side, *ends_of_prompt)
                 # arrays take a tenth of the memory of lists
                 kept.append(Example(array("i", example.prompt), array("i", example.output), bytes(example.trained)))
             cut += any(part.output and len(part.prompt) + len(part.output) < len(whole.prompt) + len(whole.output)

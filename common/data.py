@@ -159,15 +159,16 @@ def encode_prompts(
     front of a causal output. A list of messages goes through the chat template. An empty prompt becomes the BOS token.
     """
     ids, cut = [], []
-    specials = special_tokens(tokenizer, seq2seq)
+    head, tail = special_tokens(tokenizer, seq2seq)
     for row in rows:
-        head, tail = specials if isinstance(row["prompt"], str) else ([], [])
         if isinstance(row["prompt"], str):
             body = tokenizer(row["prompt"], add_special_tokens=False, verbose=False)["input_ids"]
+            whole, ends = head + body + tail, (len(head), len(tail))
         else:
-            body = chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
-        tokens = cut_prompt(head + body + tail, room, side, len(head), len(tail))
-        cut.append(len(tokens) < len(head + body + tail))
+            whole = chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
+            ends = chat_ends(whole, tokenizer)
+        tokens = cut_prompt(whole, room, side, *ends)
+        cut.append(len(tokens) < len(whole))
         if not tokens:
             if start_token(tokenizer) is None:
                 raise UserError("a prompt is empty and the tokenizer has no BOS or EOS: remove empty prompts")
@@ -194,6 +195,11 @@ def cut_prompt(ids: list[int], room: int, side: str, head: int = 0, tail: int = 
     body = ids[head : len(ids) - tail]
     space = max(1, room - head - tail)
     return ids[:head] + (body[-space:] if side == "left" else body[:space]) + ids[len(ids) - tail :]
+
+
+def chat_ends(ids: list[int], tokenizer) -> tuple[int, int]:
+    """How many tokens at either end of a prompt by chat template outlive a cut: its BOS."""
+    return int(ids[:1] == [tokenizer.bos_token_id]), 0
 
 
 def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> list[list[list[int]]]:
