@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jinja2
 import torch
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.cli import UserError
 from common.distributed import generator
@@ -267,12 +268,11 @@ def chat_turns(
     if split:
         spans = None
     elif re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        chat = _chat(messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True,
-                     tokenizer_kwargs={"return_offsets_mapping": True})
-        places = [place for place, mark in zip(chat["offset_mapping"], chat["assistant_masks"]) if mark]
-        starts = [place for place in places if place[0] not in {stop for _, stop in places}]
-        stops = [place for place in places if place[1] not in {start for start, _ in places}]
-        spans = [(start, stop) for (start, _), (_, stop) in zip(starts, stops) if start >= len(render(first))]
+        # what apply_chat_template does, but as places in the text, which do not depend on the tokenizer
+        (text,), (marks,) = render_jinja_template(
+            [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map)
+        spans = [(start, stop) for start, stop in marks if start < stop and start >= len(render(first))]
     else:
         parts = [(before(i), render(i + 1)) for i in answers]
         told = all(text.startswith(after) and after.startswith(start) for start, after in parts)
