@@ -388,7 +388,7 @@ def encode(rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> 
         examples.append([])
         for _, said in parts:
             first, *others = next(tokenized)
-            first += tail if seq2seq else []
+            first += tail
             opening = head or ([] if first or said[0] else start)  # BOS stands for an empty prompt
             pieces = [opening, first, *others]
             trained = [flag for flag, piece in zip([False, *said], pieces) for _ in piece]
@@ -684,7 +684,7 @@ def train(
     if not checkpoint:
         state["before"], outputs = evaluate()
         counts = {"data/rows": len(rows), "data/held_out": len(held_out), "data/dropped": dropped, "data/cut": cut}
-        log.metrics(0, {"samples": 0, "tokens": 0, **counts, **state["before"]}, tuple(state["before"]))
+        log.metrics(0, {"samples": 0, "tokens": 0, "epoch": 0.0, **counts, **state["before"]}, tuple(state["before"]))
         log.samples(0, outputs)
         if outputs:
             say(table("before training", evenly(outputs, 5)))

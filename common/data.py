@@ -179,11 +179,10 @@ def encode_prompts(
 
 
 def special_tokens(tokenizer, seq2seq: bool) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text: Llama's BOS, T5's EOS. No EOS follows a causal prompt."""
+    """What the tokenizer puts before and after a text: Llama's BOS, T5's EOS. Nothing follows a causal prompt."""
     body, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), len(whole))
-    tail = [token for token in whole[start + len(body) :] if seq2seq or token != tokenizer.eos_token_id]
-    return whole[:start], tail
+    return whole[:start], whole[start + len(body) :] if seq2seq else []
 
 
 def start_token(tokenizer) -> int | None:
