@@ -264,9 +264,10 @@ def chat_turns(
 
     text = render(len(messages))
     answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
     if split:
         spans = None
-    elif re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+    elif marked:
         # what apply_chat_template does, but as places in the text, which do not depend on the tokenizer
         (text,), (marks,) = render_jinja_template(
             [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
@@ -282,9 +283,12 @@ def chat_turns(
     specials += [tokenizer.decode([token]) for token in ends]
     turns, done = [], 0
     for start, stop in spans:
-        ends = [text.rfind(token, start, stop) + len(token) for token in specials if token in text[start:stop]]
-        follows = [stop + len(token) for token in specials if text.startswith(token, stop)]
-        stop = max(ends or follows, default=stop)  # what a template writes after the end is not the assistant's
+        last = max((text.rfind(token, start, stop) + len(token) for token in specials if token in text[start:stop]),
+                   default=start)
+        if last > start and not text[last:stop].strip():
+            stop = last  # what a template writes after the end is not the assistant's
+        elif marked:  # marks around the words alone
+            stop = max((stop + len(token) for token in specials if text.startswith(token, stop)), default=stop)
         turns += [text[done:start], text[start:stop]]
         done = stop
     return [(turns, [False, True] * len(spans))] if spans else []
