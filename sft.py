@@ -390,6 +390,8 @@ def encode(rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> 
             first, *others = next(tokenized)
             first += tail
             opening = head or ([] if first or said[0] else start)  # BOS stands for an empty prompt
+            if seq2seq and not opening + first:
+                raise UserError(f"{row.where}: the prompt is empty, and the tokenizer has no BOS or EOS in its place")
             pieces = [opening, first, *others]
             trained = [flag for flag, piece in zip([False, *said], pieces) for _ in piece]
             examples[-1] += whole_example(sum(pieces, []), trained, ends, eos)

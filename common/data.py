@@ -205,26 +205,25 @@ def chat_ends(ids: list[int], tokenizer) -> tuple[int, int]:
 def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> list[list[list[int]]]:
     """Token ids of texts that follow one another, such as [prompt, output, prompt, output], for each row.
 
-    A turn has the tokens that it has in its context, so that SentencePiece adds no space in front of it, unless a token
-    would reach over the boundary, or `apart`: then it has the tokens that it has alone. The first turn always has those
-    of the text alone, as in sampling. No special tokens are added.
+    A turn has the tokens that it has in its context, unless one of them would reach over the boundary: then those that
+    it has on a new line, so that SentencePiece adds no space in front of it. The first turn, and each with `apart`, has
+    those of the text alone, as in sampling. No special tokens are added.
     """
+    def new_line(text):
+        line, both = (tokenizer(part, **options)["input_ids"] for part in ("\n", "\n" + text))
+        return both[len(line) :] if both[: len(line)] == line else tokenizer(text, **options)["input_ids"]
+
     contexts = [turn if apart else "".join(turns[: i + 1]) for turns in rows for i, turn in enumerate(turns)]
     options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
     encoded = iter(tokenizer(contexts, **options)["input_ids"] if contexts else [])
     pieces = []
     for turns in rows:
-        before, parts = [], []
+        before = []
+        pieces.append([])
         for turn in turns:
             whole = next(encoded)
-            if apart:
-                parts.append(whole)
-            elif whole[: len(before)] == before:
-                parts.append(whole[len(before) :])
-            else:
-                parts.append(tokenizer(turn, **options)["input_ids"])
-            before = before + parts[-1]
-        pieces.append(parts)
+            pieces[-1].append(whole[len(before) :] if whole[: len(before)] == before else new_line(turn))
+            before = [] if apart else whole
     return pieces
 
 

@@ -467,7 +467,8 @@ def packs_exactly(model: LanguageModel) -> bool:
     if model.seq2seq or not model.takes_positions:
         return False
     words = model.lm.get_input_embeddings().weight.shape[0]
-    rows = [[(7 * i + 3 * n) % words for i in range(n)] for n in (6, 4, 9)]
+    longest = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 9
+    rows = [[(7 * i + 3 * n) % words for i in range(min(n, longest))] for n in (6, 4, 9)]
     trunk, device = trunk_of(model.lm), model.device
     alone = [model._states(trunk, torch.tensor([row], device=device), torch.ones(1, len(row), device=device))[0]
              for row in rows]

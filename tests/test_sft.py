@@ -370,6 +370,12 @@ def test_what_packs_exactly_is_found_out(architecture):
         assert packs_exactly(LanguageModel(lm)) == (architecture in PACKING)
 
 
+def test_a_model_of_few_positions_can_be_asked():
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=4, vocab_size=9, bos_token_id=1,
+                                     eos_token_id=2)
+    assert packs_exactly(LanguageModel(transformers.GPT2LMHeadModel(config).eval()))
+
+
 @pytest.mark.parametrize("share", [1.0, 1e-3])
 @pytest.mark.parametrize("architecture", PACKING)
 def test_rows_that_see_each_other_are_found_out(architecture, share, monkeypatch):
@@ -547,6 +553,9 @@ def test_a_run_knows_the_end_tokens_of_the_generation_config(chat_path, tmp_path
 def test_a_template_without_an_end_token_gets_eos():
     tokenizer = chat_tokenizer(CHATML.replace("<eos>", ""))
     assert lines_of([says("hi", "yo", "q", "r")], tokenizer) == [".u hi\n.a [yo\n].u q\n.a [r\n$]"]
+    opened = chat_tokenizer("{% for m in messages %}<bos>{{ m.role[0] }} {{ m.content }}{% endfor %}"
+                            "{% if add_generation_prompt %}<bos>a {% endif %}")
+    assert lines_of([says("hi", "yo", "q", "r")], opened) == ["^u hi^a [yo]^u q^a [r$]"], "not what opens the next"
 
 
 def test_a_template_that_rewrites_earlier_turns_has_an_example_for_each_answer():
@@ -779,9 +788,9 @@ def test_turns_joined_are_the_text(kind):
     tokenizer = TOKENIZERS[kind]()
     rows = [["User, hi there\nBot,", " hello", "\nUser, bye\nBot,", " bye"], ["the cat", " sat", " on the mat.", " no"],
             ["the dog", "\n", "the cat"], ["", "the cat"], ["the cat", ""], ["why did"], [], ["", ""]]
-    if "metaspace" not in kind:
-        rows += [["the ca", "t sat", " on", " the ma", "t"], list("the cat sat")]
-    for turns, pieces in zip(rows, tokenize_turns(rows, tokenizer), strict=True):
+    clean = len(rows)  # in the others tokens would reach over the boundaries
+    rows += [["the ca", "t sat", " on", " the ma", "t"], list("the cat sat")]
+    for number, (turns, pieces) in enumerate(zip(rows, tokenize_turns(rows, tokenizer), strict=True)):
         assert len(pieces) == len(turns)
         assert tokenizer.decode(sum(pieces, [])) == "".join(turns)
         for n in range(1, len(turns) + 1):
@@ -789,8 +798,17 @@ def test_turns_joined_are_the_text(kind):
         if turns:
             assert pieces[0] == tokenizer(turns[0], add_special_tokens=False)["input_ids"]
             whole = tokenizer("".join(turns), add_special_tokens=False)["input_ids"]
-            if "metaspace" in kind:
+            if "metaspace" in kind and number < clean:
                 assert sum(pieces, []) == whole
+
+
+def test_an_empty_prompt_needs_a_token_to_start_from():
+    """An encoder needs something to read; a causal model reads the output's first token instead."""
+    tokenizer = char_tokenizer(bos=False)
+    tokenizer.eos_token = None
+    assert lines_of([["", "abc"]], tokenizer, ends=()) == ["a[bc]"]
+    with pytest.raises(UserError, match="^--dataset, row 2: the prompt is empty, and the tokenizer has no BOS or EOS"):
+        lines_of([["a", "b"], ["", "abc"]], tokenizer, ends=(), seq2seq=True)
 
 
 def test_a_trained_tokenizer_gives_texts_back():
