@@ -624,8 +624,9 @@ def train(
         raise UserError(f"--dataset {args.dataset or ''}: none of its {len(rows)} rows has an output to train on")
     if not evals and (args.eval_dataset or held_out_samples is not None):
         raise UserError(f"--eval-dataset {args.eval_dataset or ''}: none of its {len(held_out)} rows has an output")
-    say(f"{len(rows)} rows to train on, {len(held_out)} held out; {dropped} and {evals_dropped} of them have no output "
-        f"and were left out; {cut} to train on have more than {longest} tokens and were cut")
+    say(f"{len(rows)} rows to train on, {len(held_out)} held out"
+        + (f"; {dropped} and {evals_dropped} of them have no output and were left out" if dropped + evals_dropped else "")
+        + (f"; {cut} to train on have more than {longest} tokens and were cut" if cut else ""))
 
     # --- what is trained
     if args.num_layers_unfrozen != -1:
