@@ -625,7 +625,7 @@ def train(
     if not evals and (args.eval_dataset or held_out_samples is not None):
         raise UserError(f"--eval-dataset {args.eval_dataset or ''}: none of its {len(held_out)} rows has an output")
     say(f"{len(rows)} rows to train on, {len(held_out)} held out"
-        + (f"; {dropped} and {evals_dropped} of them have no output and were left out" if dropped + evals_dropped else "")
+        + (f"; {dropped} and {evals_dropped} have no output and were left out" if dropped + evals_dropped else "")
         + (f"; {cut} to train on have more than {longest} tokens and were cut" if cut else ""))
 
     # --- what is trained

@@ -669,7 +669,7 @@ def test_any_row_with_an_output_trains_a_token_of_it_within_the_window():
 def test_dropped_and_cut_rows_are_said_and_logged(model_path, tmp_path, capsys):
     args = sft.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **{**RUN, "max_length": 8})
     sft.train(args, [["abcdefghijkl", "xyz"], ["q", "a"], ["p", ""], "", "a text of many letters"])
-    assert ("5 rows to train on, 0 held out; 2 and 0 of them have no output and were left out; 2 to train on have more "
+    assert ("5 rows to train on, 0 held out; 2 and 0 have no output and were left out; 2 to train on have more "
             "than 8 tokens and were cut") in capsys.readouterr().out
     start, step = rows_of(tmp_path / "run")
     assert {name: start[name] for name in start if name.startswith("data/")} == {
