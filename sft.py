@@ -471,17 +471,17 @@ def micro_batches(
     mine, real = rank_rows(len(lines))
     for begin in range(0, len(mine), micro_batch_size):
         micro = slice(begin, begin + micro_batch_size)
-        chosen = [[examples[row] for row in lines[line]] for line in mine[micro]]
+        chosen, packed = [[examples[row] for row in lines[line]] for line in mine[micro]], {}
         if room:
             prompts = [[] for _ in chosen]
             outputs = [[token for part in line for token in (*part.prompt, *part.output)] for line in chosen]
             trained = [[flag for part in line for flag in (*[0] * len(part.prompt), *part.trained)] for line in chosen]
+            places = [[i for part in line for i in range(len(part.prompt) + len(part.output))] for line in chosen]
+            packed["position_ids"] = pad_rows(places, 0)[0].to(device)
         else:
             prompts, outputs, trained = zip(*([list(part) for part in line[0]] for line in chosen))
-        batch = collate(prompts, outputs, start_id, device, [[bool(flag) for flag in flags] for flags in trained])
-        if room:
-            places = [[i for part in line for i in range(len(part.prompt) + len(part.output))] for line in chosen]
-            batch["position_ids"] = pad_rows(places, 0)[0].to(device)
+        trained = [[bool(flag) for flag in flags] for flags in trained]
+        batch = collate(prompts, outputs, start_id, device, trained) | packed
         weight = torch.tensor(real[micro], device=device)[:, None].expand_as(batch["scored"])[batch["scored"]]
         yield batch, weight
 
@@ -538,8 +538,7 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
 def make_tokenizer(args: Args, rows: list[Row], folder: str, resumes: bool):
     """The tokenizer that the flags name, or one trained on the rows, on rank 0, which a resumed run finds again."""
     if not args.train_tokenizer:
-        path = args.tokenizer or args.model or args.from_config
-        return load_tokenizer(path) if path else walks_tokenizer()
+        return load_tokenizer(args.tokenizer or args.model or args.from_config)
     path = f"{folder}/tokenizer"
     if any(row.messages for row in rows):
         raise UserError("--train-tokenizer: the data has messages, which need a tokenizer with a chat template")

@@ -26,8 +26,3 @@ def summary(row: dict) -> dict:
 def positive(row: dict) -> dict | None:
     """Reviews labelled 1, as texts."""
     return {"text": row["text"]} if row["label"] == 1 else None
-
-
-def question(row: dict) -> dict:
-    """Question and answer, as a chat: for tokenizers with a chat template."""
-    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}

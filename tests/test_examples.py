@@ -1,4 +1,4 @@
-"""The reward functions of examples/rewards.py on inputs made by hand, and as a user runs them."""
+"""The examples: reward functions on inputs made by hand and as a user runs them, row formats, model configs."""
 
 import json
 import math
@@ -10,8 +10,10 @@ from conftest import ROOT, VOCABULARY, char_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import ppo
+import sft
 from common.cli import UserError
 from common.data import call, check_scores, load_function
+from common.models import new_lm
 
 REWARDS = f"{ROOT}/examples/rewards.py"
 
@@ -23,6 +25,31 @@ def score(name, outputs, prompt="", output_ids=None, tokenizer=None, **columns):
     answer = call(load_function(f"{REWARDS}:{name}", "--reward"), outputs=list(outputs), output_ids=output_ids,
                   tokenizer=tokenizer, **columns)
     return check_scores(answer, [len(ids) for ids in output_ids])
+
+
+# --- row formats and model configs for sft.py -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,row,turns,said", [
+    ("alpaca", dict(instruction="Add.", input="1 and 2", output="3"), ["### Input:\n1 and 2\n\n### Response:\n", "3"],
+     [False, True]),
+    ("alpaca", dict(instruction="Add 1 and 2.", input="", output="3"),
+     ["### Instruction:\nAdd 1 and 2.\n\n### Response:\n", "3"], [False, True]),
+    ("summary", dict(article="Long.", summary="Short."), ["summarize: Long.", "Short."], [False, True]),
+    ("positive", dict(text="good", label=1), ["good"], [True])])
+def test_formats_give_rows_that_sft_knows(name, row, turns, said):
+    made = sft.sample_row(load_function(f"{ROOT}/examples/formats.py:{name}", "--format")(row), "here")
+    assert made.turns[-1] == turns[-1] and made.turns[0].endswith(turns[0]) and made.said == said
+
+
+def test_positive_leaves_other_reviews_out():
+    assert load_function(f"{ROOT}/examples/formats.py:positive", "--format")({"text": "bad", "label": 0}) is None
+
+
+@pytest.mark.parametrize("name,seq2seq", [("gpt2-mini", False), ("t5-mini", True)])
+def test_example_configs_make_models(name, seq2seq):
+    lm = new_lm(f"{ROOT}/examples/{name}.json", char_tokenizer(), 1)
+    assert lm.config.is_encoder_decoder == seq2seq and lm.get_input_embeddings().weight.shape == (VOCABULARY, 192)
 
 
 # --- form -------------------------------------------------------------------------------------------------------------

@@ -537,8 +537,11 @@ def test_a_dialogue_may_begin_with_the_assistant(marks):
 
 
 def test_a_held_out_dialogue_may_be_one_message_of_the_assistant(chat_path, tmp_path):
-    run(tmp_path, chat_path("gpt2"), PAIRS, held_out_samples=[says("hi", first="assistant"), ["a", "b"]],
-        num_eval_prompts=2)
+    folder = run(tmp_path, chat_path("gpt2"), PAIRS, held_out_samples=[says("hi", first="assistant"), ["a", "b"]],
+                 num_eval_prompts=2)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {sample["prompt"] for sample in samples} == {"a"}, "it has nothing to be asked; its loss is measured"
+    assert rows_of(folder)[0]["data/held_out"] == 2
 
 
 def test_a_run_knows_the_end_tokens_of_the_generation_config(chat_path, tmp_path, monkeypatch):
