@@ -44,7 +44,8 @@ from common.distributed import block_lists, full_state_dict, put_in_place, shard
 
 transformers.logging.disable_progress_bar()  # the run has its own
 # it advises a mask where rows share a line, which must have none
-logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "attention_mask" not in record.getMessage())
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "recommend passing in an `attention_mask`" not in record.getMessage())
 CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
 
 
