@@ -30,11 +30,10 @@ import math
 import os
 import shutil
 import time
-import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -42,21 +41,16 @@ import torch.distributed as dist
 from common.cli import UserError, check_bounds, check_sampling, run
 from common.data import (
     chat_ends,
-    chat_turns,
-    cut_prompt,
+    check_data,
     encode_prompts,
     evenly,
-    is_chat,
     load_function,
     load_prompts,
     pack,
     prompt_room,
-    read_rows,
-    short,
     shuffled,
     special_tokens,
     start_token,
-    tokenize_turns,
     window,
 )
 from common.distributed import (
@@ -94,6 +88,7 @@ from common.models import (
 )
 from common.randomwalks import random_walks, untrained_walker
 from common.randomwalks import tokenizer as walks_tokenizer
+from common.samples import Example, Row, encode, fit, load_samples, prompt_of
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -273,152 +268,6 @@ def check(args: Args, samples: list | None = None) -> None:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-class Example(NamedTuple):
-    """One sequence to train on, as token ids. A causal model reads prompt + output; an encoder reads the prompt."""
-
-    prompt: Sequence[int]  # all before the first trained token, or the first token of a text; never empty
-    output: Sequence[int]  # all after it; never empty
-    trained: Sequence[bool]  # which tokens of the output are
-
-
-class Row(NamedTuple):
-    """A row of the data set: turns, texts, with `said`, which of them are trained; or else messages."""
-
-    where: str  # its file and number, for messages to the user
-    columns: dict  # what a metric function can ask for
-    turns: list[str] | None = None
-    said: list[bool] | None = None
-    messages: list[dict] | None = None
-    first: int = 0  # the number of the first message that may be trained
-
-
-def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[Row]:
-    """The rows of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row for
-    one that has none of the forms."""
-    where = flag if given is not None else f"{flag} {path}"
-    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not len(given)):
-        raise UserError(f"{where}: holds no rows, or is not a list of them")
-    rows = []
-    for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
-        try:
-            row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
-        if row is not None:
-            rows.append(sample_row(row, f"{where}, row {number}"))
-    if not rows:
-        raise UserError(f"{where}: --format left out every row")
-    return rows
-
-
-def sample_row(row, where: str) -> Row:
-    """A text, a list of turns or of messages, or a dict with one of these or with prompt and completion, as a Row."""
-    if isinstance(row, str):
-        row = {"text": row}
-    elif isinstance(row, (list, tuple)):
-        row = {"messages" if is_chat(list(row)) else "turns": list(row)}
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a text, a list of turns or an object with columns, not {short(row)}")
-    columns = {name: value for name, value in row.items() if value is not None}
-    turns = said = messages = None
-    first = 0
-    if "prompt" in columns and "completion" in columns:
-        prompt, completion = columns["prompt"], columns["completion"]
-        if is_chat(prompt):
-            answer = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
-            messages, first = [*prompt, *answer], len(prompt)
-        else:
-            turns, said = [prompt, completion], [False, True]
-    elif "messages" in columns:
-        messages = columns["messages"]
-        if not is_chat(messages):
-            raise UserError(f"{where}: messages are objects with role and content, not {short(messages)}")
-    elif "turns" in columns:
-        turns = columns["turns"]
-        if not isinstance(turns, (list, tuple)) or not turns:
-            raise UserError(f"{where}: turns are a list of texts, not {short(turns)}")
-        turns, said = list(turns), [bool(i % 2) for i in range(len(turns))]
-    elif "text" in columns:
-        turns, said = [columns["text"]], [True]
-    else:
-        raise UserError(f"{where}: has no text, prompt and completion, messages or turns, only "
-                        f"{', '.join(map(str, columns)) or 'nothing'}; --format can map rows")
-    texts = [message[name] for message in messages for name in ("role", "content")] if messages else turns
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise UserError(f"{where}: what is said must be texts, not {short(wrong[0])}")
-    return Row(where, columns, turns, said, messages, first)
-
-
-def prompt_of(row: Row, words: int) -> dict:
-    """The row as an evaluation prompt, with its columns: all before its last output, or the first words of a text."""
-    if row.messages:
-        said = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and i >= row.first]
-        prompt = row.messages[: said[-1]] if said else row.messages
-    elif row.said == [True]:
-        opening = row.turns[0].split()
-        prompt = " ".join(opening[: min(words, max(1, len(opening) // 2))])
-    else:
-        prompt = "".join(row.turns[: max((i for i, said in enumerate(row.said) if said), default=0)])
-    return {**row.columns, "prompt": prompt}
-
-
-def encode(rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool) -> list[list[Example]]:
-    """The examples of each row: one for a causal model (but see `chat_turns`), one for each output for an
-    encoder-decoder, none where there is nothing to train. Each ends in an end token, added where the data has none."""
-    found = []
-    for row in rows:
-        if seq2seq and row.said == [True]:
-            raise UserError(f"{row.where}: a text alone is for causal models; an encoder-decoder needs rows with "
-                            "prompt and completion")
-        try:
-            found.append(chat_turns(row.messages, tokenizer, ends, row.first, split=seq2seq) if row.messages else
-                         [(row.turns, row.said)])
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from None
-        if seq2seq:  # the encoder reads all that comes before an output
-            found[-1] = [(["".join(turns[:i]), turns[i]], [False, True])
-                         for turns, said in found[-1] for i, flag in enumerate(said) if flag]
-    specials = special_tokens(tokenizer, seq2seq)
-    eos, start = ([] if token is None else [token] for token in (tokenizer.eos_token_id, start_token(tokenizer)))
-    tokenized = iter(tokenize_turns([turns for parts in found for turns, _ in parts], tokenizer, apart=seq2seq))
-    examples = []
-    for row, parts in zip(rows, found):
-        head, tail = ([], []) if row.messages else specials  # a chat template writes its own
-        examples.append([])
-        for _, said in parts:
-            first, *others = next(tokenized)
-            first += tail
-            opening = head or ([] if first or said[0] else start)  # BOS stands for an empty prompt
-            if seq2seq and not opening + first:
-                raise UserError(f"{row.where}: the prompt is empty, and the tokenizer has no BOS or EOS in its place")
-            pieces = [opening, first, *others]
-            trained = [flag for flag, piece in zip([False, *said], pieces) for _ in piece]
-            examples[-1] += whole_example(sum(pieces, []), trained, ends, eos)
-    return examples
-
-
-def whole_example(ids: list[int], trained: list[bool], ends: tuple[int, ...], eos: list[int]) -> list[Example]:
-    """The sequence up to its last trained token and an end token; nothing where none is trained."""
-    if not any(trained):
-        return []
-    end = len(trained) - trained[::-1].index(True)  # nothing is learned from what follows
-    more = [] if ids[end - 1] in ends else eos
-    ids, trained = ids[:end] + more, trained[:end] + [True] * len(more)
-    first = max(1, trained.index(True))  # the first token of a text has nothing before it
-    return [Example(ids[:first], ids[first:], trained[first:])] if ids[first:] else []
-
-
-def fit(example: Example, longest: int, side: str, head: int, tail: int) -> Example:
-    """The example in at most `longest` tokens: the prompt is cut on `side`, to half of them at most, then the output's
-    end. The first `head` and the last `tail` tokens of the prompt stay, special ones."""
-    kept = longest - min(len(example.prompt), longest // 2)
-    kept = max((i + 1 for i, trained in enumerate(example.trained[:kept]) if trained), default=0)
-    output, trained, room = example.output[:kept], example.trained[:kept], longest - kept
-    prompt = example.prompt if len(example.prompt) <= room else cut_prompt(example.prompt, room, side, head, tail)
-    return Example(prompt, output, trained) if len(prompt) + len(output) <= longest else Example(prompt, [], [])
-
-
 def windows(examples: list[Example], length: int, start: int | None) -> list[Example]:
     """Texts, each with its end token, joined behind a start token and cut into windows of `length` tokens that overlap
     by one: each token is trained once, given all before it in its window. The last window is shorter."""
@@ -444,7 +293,8 @@ def make_examples(
                     ends_of_prompt = chat_ends(example.prompt, tokenizer) if row.messages else (head, tail)
                     example = fit(example, longest, args.truncation_side, *ends_of_prompt)
                 # arrays take a tenth of the memory of lists
-                kept.append(Example(array("i", example.prompt), array("i", example.output), bytes(example.trained)))
+                trained = bytes(map(bool, example.trained))
+                kept.append(Example(array("i", example.prompt), array("i", example.output), trained))
             cut += any(part.output and len(part.prompt) + len(part.output) < len(whole.prompt) + len(whole.output)
                        for part, whole in zip(kept, found))
             kept = [example for example in kept if example.output]
@@ -551,17 +401,6 @@ def make_tokenizer(args: Args, rows: list[Row], folder: str, resumes: bool):
             put_in_place(path)
         dist.barrier()
     return load_tokenizer(path)
-
-
-def check_data(examples: list[Example]) -> int:
-    """A checksum of the data. Raises UserError where it is not the same on every rank."""
-    found = 0
-    for example in examples:
-        found = zlib.crc32(example.output.tobytes(), zlib.crc32(example.prompt.tobytes(), found))
-    if len(set(gather_rows([found], dist.get_world_size()))) > 1:
-        raise UserError("the processes have read different data: give all the same files, and a --format that returns "
-                        "the same on each")
-    return found
 
 
 def train(
@@ -675,7 +514,7 @@ def train(
     total = args.epochs * len(examples)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples + evals)}
+    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples + evals, "--format")}
     if checkpoint:
         data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)

@@ -12,14 +12,16 @@ import math
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable
 
 import jinja2
 import torch
+import torch.distributed as dist
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.cli import UserError
-from common.distributed import generator
+from common.distributed import gather_rows, generator
 
 
 def read_rows(path: str, flag: str) -> list[dict]:
@@ -316,6 +318,17 @@ def shuffled(position: int, count: int, seed: int) -> int:
 @functools.lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
+
+
+def check_data(examples: list[tuple], flag: str) -> int:
+    """A checksum of the data, tuples of arrays or bytes. Raises UserError where it is not the same on every rank."""
+    found = 0
+    for part in (part for example in examples for part in example):
+        found = zlib.crc32(part, found)
+    if len(set(gather_rows([found], dist.get_world_size()))) > 1:
+        raise UserError(f"the processes have read different data: give all the same files, and a {flag} function that "
+                        "returns the same on each")
+    return found
 
 
 def load_function(spec: str, flag: str) -> Callable:

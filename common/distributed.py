@@ -211,9 +211,12 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All trained parameters and their Adam state by name. The tensors are the live ones: loading writes into them."""
+    """All trained parameters with their Adam state, and the frozen ones of heads, such as target networks, by name. The
+    tensors are the live ones: loading writes into them."""
     tensors = {}
     for name, parameter in sharded_parameters(model).items():
+        if name.startswith("heads.") and not parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.detach()
         if parameter.requires_grad:
             if not optimizer.state[parameter]:
                 moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
@@ -226,9 +229,9 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> None:
     """Write trained weights, optimizer, random states and the loop's `state` (JSON values) to the folder `path`.
 
-    Frozen weights are not written: they are those of the model that the run starts from. All files go to a temporary
-    folder that is renamed at the end, so that a folder called `path` is always whole. Weights are safetensors. Beside
-    it, only the newest `keep` checkpoints stay.
+    Frozen weights, but for those of heads, are not written: they are those of the model that the run starts from. All
+    files go to a temporary folder that is renamed at the end, so that a folder called `path` is always whole. Weights
+    are safetensors. Beside it, only the newest `keep` checkpoints stay.
     """
     if dist.get_rank() == 0:
         shutil.rmtree(path + ".tmp", ignore_errors=True)

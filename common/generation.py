@@ -203,12 +203,14 @@ def evaluate_samples(
     seed: int,
     options: dict[str, list],
     columns: tuple[str, ...] | None = None,
+    choose: Callable[..., dict] = dict,
     **sampling,
 ) -> tuple[dict[str, float], list[dict]]:
     """Sample `repeats` outputs for each prompt; return the means of their metrics, as eval/NAME, and the samples.
 
     Done once for each combination of the list-valued `options` (temperature, top_k, top_p), whose names and values are
-    added to a metric's name where there are several. The random numbers are the same each time, so that two evaluations
+    added to a metric's name where there are several; choose(**values) turns all but temperature into those of
+    `generate`, if they are others. The random numbers are the same each time, so that two evaluations
     compare well. metric_fn: a user's function, called on rank 0 with `text_columns`. score(items, rows) -> lists, one
     value a sample, called on all ranks. columns: which lists stand beside the samples; all of them by default.
     """
@@ -219,7 +221,7 @@ def evaluate_samples(
         chosen = dict(zip(options, values))
         suffix = "".join(f"@{name}={value:g}" for name, value in chosen.items() if len(options[name]) > 1)
         ruled = dataclasses.replace(rules, temperature=chosen.pop("temperature"))
-        items = sample_texts(model, tokenizer, prompts, uniforms, ruled, **chosen, **sampling)
+        items = sample_texts(model, tokenizer, prompts, uniforms, ruled, **choose(**chosen), **sampling)
         found = score(items, rows) if score else {}
         if metric_fn and dist.get_rank() == 0:
             measured = call(metric_fn, **{**text_columns(items, rows), "tokenizer": tokenizer})

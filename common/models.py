@@ -23,6 +23,7 @@ import torch.distributed as dist
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -198,12 +199,13 @@ def checkpoint_blocks(lm: nn.Module) -> None:
         block.forward = forward
 
 
-def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
+def export(model: "LanguageModel", tokenizer, folder: str, lora=None, with_heads: bool = False) -> None:
     """Write the model and its tokenizer in Hugging Face format: plain `from_pretrained(folder)` gives identical logits.
 
     With `lora` (peft's wrapper) the adapters are merged into the weights, and stand by themselves in `folder/adapter`.
+    with_heads: the model's heads go to `folder/heads.safetensors`, see `load_heads`.
     """
-    state = full_state_dict(model.lm)
+    state, heads = full_state_dict(model.lm), full_state_dict(model.heads) if with_heads else {}
     if dist.get_rank() == 0:
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
         lm = model.lm
@@ -227,8 +229,25 @@ def export(model: "LanguageModel", tokenizer, folder: str, lora=None) -> None:
             lm.generation_config, state = generation_config, lm.state_dict()
         lm.save_pretrained(folder + ".tmp", state_dict=state)
         tokenizer.save_pretrained(folder + ".tmp")
+        if with_heads:
+            save_file(heads, folder + ".tmp/heads.safetensors")
         put_in_place(folder)
     dist.barrier()
+
+
+def load_heads(folder: str) -> dict[str, nn.Module]:
+    """The heads that `export` wrote beside a model, by name; none where there are none."""
+    path, heads = f"{folder}/heads.safetensors", {}
+    if not os.path.isfile(path):
+        return heads
+    with _readable("--model", path):
+        state = load_file(path)
+        for name in dict.fromkeys(key.split(".")[0] for key in state):
+            outputs, width = state[f"{name}.2.weight"].shape[0], state[f"{name}.0.weight"].shape[1]
+            heads[name] = make_head(width, 1) if outputs == 1 else TokenHead(width, outputs)
+            heads[name].load_state_dict({key.split(".", 1)[1]: value for key, value in state.items()
+                                         if key.split(".")[0] == name})
+    return heads
 
 
 # --- from logits to the policy ----------------------------------------------------------------------------------------
@@ -341,10 +360,33 @@ def make_head(width: int, outputs: int) -> nn.Sequential:
     return head
 
 
+class TokenHead(nn.Sequential):
+    """A head with an output for each token of the vocabulary: `make_head` with V outputs."""
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__(*make_head(width, outputs))
+
+    def forward(self, states: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (N, H) -> all outputs (N, V); with tokens (N,), the output of the token and the log-sum-exp of
+        all (N, 2), computed as the logits are: CHUNK numbers at a time, again in the backward."""
+        inner = self[1](self[0](states))
+        if tokens is None:
+            return self[2](inner)
+
+        def score(inner, tokens):
+            outputs = self[2](inner)
+            return torch.stack([outputs.gather(1, tokens[:, None])[:, 0], outputs.logsumexp(-1)], 1)
+
+        pieces = list(zip(*(part.split(max(1, CHUNK // self[2].out_features)) for part in (inner, tokens))))
+        if len(pieces) > 1 and inner.requires_grad:
+            score = functools.partial(checkpoint, score, use_reentrant=False)
+        return torch.cat([score(*piece) for piece in pieces])
+
+
 class LanguageModel(nn.Module):
     """A transformers LM with small heads on its last hidden state, run as one module, so that FSDP has one root.
 
-    heads: modules from hidden states (N, H) to (N, outputs).
+    heads: modules from hidden states (N, H) to (N, outputs), or `TokenHead`s; no gradient goes through frozen ones.
     branch: an optional copy of the trunk's top blocks (`top_copy`); the heads then read its hidden states instead.
     """
 
@@ -415,8 +457,8 @@ class LanguageModel(nn.Module):
         (see `packs_exactly`), none of which may have its first token scored; `rules` must then not count tokens.
         Returns flat tensors over the N scored tokens in row order: logprobs (N,) under `rules`, entropy (N,) without
         gradient, unless told not to, and for each head its outputs (N, outputs) on the hidden state that predicts the
-        token. Logits exist for scored tokens only, CHUNK numbers at a time, and are computed again in the backward when
-        there is more than one chunk.
+        token; of a `TokenHead`, the token's output and the log-sum-exp of all (N, 2). Logits exist for scored tokens
+        only, CHUNK numbers at a time, and are computed again in the backward when there is more than one chunk.
         """
         encoder_states = self._encode(encoder_ids, encoder_mask) if self.seq2seq else None
         trunk_inputs = (ids, mask, encoder_states, encoder_mask)
@@ -436,7 +478,18 @@ class LanguageModel(nn.Module):
             hidden, _ = self._states(self.branch, *trunk_inputs, position_ids=position_ids)
             states = hidden[rows, columns]
         out = {"logprobs": logprobs, **({"entropy": entropy} if with_entropy else {})}
-        return out | {name: head(states) for name, head in self.heads.items()}
+        for name, head in self.heads.items():
+            trained = any(parameter.requires_grad for parameter in head.parameters())
+            read = (states if trained else states.detach(), *([targets] if isinstance(head, TokenHead) else []))
+            out[name] = head(*read)
+        return out
+
+    def read(self, head: str, ids, mask, marked, encoder_ids=None, encoder_mask=None):
+        """Outputs (N, outputs) of one head on the hidden states of the N tokens marked in (B, T), in row order; without
+        logits. The other tensors are those of `forward`."""
+        encoder_states = self._encode(encoder_ids, encoder_mask) if self.seq2seq else None
+        hidden, _ = self._states(trunk_of(self.lm), ids, mask, encoder_states, encoder_mask)
+        return self.heads[head](hidden[marked])
 
     def encode(self, encoder_ids, encoder_mask):
         """Encoder states (B, P, H) of an encoder-decoder model, for `decode`."""
@@ -453,7 +506,8 @@ class LanguageModel(nn.Module):
 
 def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **options) -> LanguageModel:
     """Shard a model for training or as a reference (see `distributed.shard`); its heads compute in float32."""
-    shard(model, dtype, device, fp32=list(model.heads.values()), methods=("encode", "decode"), **options)
+    shard(model, dtype, device, fp32=list(model.heads.values()),
+          methods=("encode", "decode", "read"), **options)
     model.device = device  # not that of its parameters, where those are offloaded
     return model
 
