@@ -129,12 +129,12 @@ class Args:
     # data
     dataset: str | None = None
     """randomwalks, or .jsonl[.gz], .json, .csv, .parquet or Hub data set name:split, with columns text, prompt and
-    completion, messages, or turns ([prompt, output, prompt, output, ...]), and reward: a number, a list with one for
-    each output, or a list for each output with one for each of its tokens"""
+    completion, messages, or turns ([prompt, output, prompt, output, ...])"""
     format: str | None = None
     """file.py:function or package.module:function from a row to a row with these columns, or to None to leave it out"""
     normalize_rewards: Literal["none", "mean-std", "std"] = "mean-std"
-    """divide rewards by the standard deviation of the rows' totals, and take the totals' mean from each row's last"""
+    """divide the column reward (a number, a list with one for each output, or a list for each output with one for each
+    token) by the standard deviation of the rows' totals, and take the totals' mean from each row's last number"""
     max_length: int | None = None
     """most tokens of prompt and output together, longer prompts being cut; none: the model's positions, at most 1024"""
     truncation_side: Literal["left", "right"] = "left"
@@ -143,7 +143,7 @@ class Args:
     """what is cut off a row that is too long when its prompt has given way; where each output is an example of its own
     it is always the end"""
     history: int | None = None
-    """texts before an output that it is given, for turns in which these say all; none: all, in one sequence"""
+    """make each output of turns an example that has only so many texts before it; none: all, in one sequence"""
 
     # evaluation
     beta: list[float] = dataclasses.field(default_factory=lambda: [0.0, 1.0])
@@ -474,8 +474,9 @@ def ilql_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch (2206.11871, section 4), summed over its N actions, and sums for the log.
 
-    out: of `LanguageModel.forward`: logprobs (N,), v (N, 1), and for each Q head and target (N, 2), the action's Q and
-    the log-sum-exp over all tokens. steps: see `transitions`. next_values: V of the states from N on. weight (N,).
+    out: of `LanguageModel.forward`: logprobs (N,), v (N, 1), for each Q head the action's Q and the log-sum-exp over
+    all tokens (N, 2), for each target head the action's Q (N, 1). steps: see `transitions`. next_values: V of the
+    states from N on. weight (N,).
     """
     qs, logsumexps = zip(*(out[name].unbind(1) for name in q_names(out)))
     target_q = torch.stack([out[f"target_{name}"][:, 0] for name in q_names(out)]).amin(0)
@@ -520,14 +521,15 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: 
 
 def batch_loss_and_gradient(model: LanguageModel, batch: list[Trajectory], args: Args) -> dict[str, float]:
     """Add the gradient of the mean loss over the actions of all trajectories; return such means, on all ranks."""
-    world, actions, sums = dist.get_world_size(), sum(len(item.actions) for item in batch), {}
+    world, count, sums = dist.get_world_size(), sum(len(item.actions) for item in batch), {}
     batch = sorted(batch, key=lambda item: len(item.prompt) + len(item.output))  # like lengths share a micro-batch
     goes_on = any(len(item.next_prompt) for item in batch)
     mine, real = rank_rows(len(batch))
     for start in range(0, len(mine), args.micro_batch_size):
         micro = slice(start, start + args.micro_batch_size)
         items = [batch[row] for row in mine[micro]]
-        marks = [[place in item.actions for place in range(len(item.output))] for item in items]
+        chosen = [set(item.actions) for item in items]
+        marks = [[place in actions for place in range(len(item.output))] for actions, item in zip(chosen, items)]
         inputs = collate([[*item.prompt] for item in items], [[*item.output] for item in items], model.start_id,
                          model.device, marks)
         weight = torch.tensor(real[micro], device=model.device)[:, None].expand_as(inputs["scored"])[inputs["scored"]]
@@ -537,10 +539,10 @@ def batch_loss_and_gradient(model: LanguageModel, batch: list[Trajectory], args:
         loss, parts = ilql_loss(model(**inputs, with_entropy=False), transitions(items, model.device), next_values,
                                 weight, args)
         # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
-        (loss * world / actions).backward()
+        (loss * world / count).backward()
         sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
     every = gather_rows([sums], world)
-    return {name: sum(rank_sums[name] for rank_sums in every) / actions for name in sums}
+    return {name: sum(rank_sums[name] for rank_sums in every) / count for name in sums}
 
 
 @torch.no_grad()
@@ -714,7 +716,7 @@ def train(
     # --- evaluation
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
     empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
-    own = [prompt_of(row, args.prompt_words or 4) for row in rows] if not walks else walks.starts
+    own = [prompt_of(row, args.prompt_words or 4, args.history) for row in rows] if not walks else walks.starts
     own = [row for row in own if walks or row["prompt"] not in empty]
     eval_rows, eval_ids = [], []
     if args.num_eval_prompts and (own or args.eval_prompts or eval_prompts is not None):

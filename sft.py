@@ -139,6 +139,8 @@ class Args:
     """most tokens of prompt and output together, longer prompts being cut; none: the model's positions, at most 1024"""
     truncation_side: Literal["left", "right"] = "left"
     """the end of a long prompt that is cut off"""
+    history: int | None = None
+    """make each output of turns an example that has only so many texts before it; none: all, in one sequence"""
     packing: Literal["none", "rows", "windows"] = "none"
     """rows: several rows share a line of --max-length tokens, kept apart, which changes speed only (--micro-batch-size
     then counts lines); windows: texts are joined and cut into full windows of --max-length tokens"""
@@ -237,7 +239,7 @@ def check(args: Args, samples: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "train_tokenizer", "micro_batch_size", "max_steps", "learning_rate",
                   "adam_epsilon", "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every",
-                  "eval_samples", "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size"),
+                  "eval_samples", "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size", "history"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
     check_sampling(args)
@@ -286,7 +288,7 @@ def make_examples(
     examples, dropped, cut = [], 0, 0
     head, tail = map(len, special_tokens(tokenizer, seq2seq))
     for some in (rows[i : i + 1000] for i in range(0, len(rows), 1000)):
-        for row, found in zip(some, encode(some, tokenizer, ends, seq2seq)):
+        for row, found in zip(some, encode(some, tokenizer, ends, seq2seq, args.history)):
             kept = []
             for example in found:
                 if args.packing != "windows":
@@ -484,7 +486,7 @@ def train(
     optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
 
     # --- evaluation
-    own = [prompt_of(row, args.prompt_words or 4) for row in held_out or rows]
+    own = [prompt_of(row, args.prompt_words or 4, args.history) for row in held_out or rows]
     empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
     own = walks.starts if walks else [row for row in own if row["prompt"] not in empty]
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)

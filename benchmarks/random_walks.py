@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from common.randomwalks import random_walks  # noqa: E402
 
 
 def run(script: str, seed: int, folder: str) -> dict:
@@ -23,9 +25,11 @@ def run(script: str, seed: int, folder: str) -> dict:
                    capture_output=True)
     seconds = time.time() - started
     rows = [json.loads(line) for line in open(ROOT / path / "metrics.jsonl")]
-    names = [name for name in rows[0] if name.startswith("eval/") and name != "eval/length"]
-    return {"seed": seed, **{name[5:]: rows[-1][name] for name in names}, "before": rows[0]["eval/optimality"],
-            "seconds": seconds}
+    names = [name for name in rows[0] if name.startswith("eval/") and not name.startswith("eval/length")]
+    walks = random_walks(seed)
+    return {"seed": seed, **{name[5:]: rows[-1][name] for name in names},
+            "before": next(rows[0][name] for name in names if name.startswith("eval/optimality")),
+            "walks": mean(walks.reward(walks.walks)), "seconds": seconds}
 
 
 def main():
@@ -38,9 +42,11 @@ def main():
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda seed: run(args.script, seed, args.folder), args.seeds))
-    print("  ".join(f"{name:>10}" for name in results[0]))
+    widths = {name: max(10, len(name)) for name in results[0]}
+    print("  ".join(f"{name:>{widths[name]}}" for name in results[0]))
     for row in results:
-        print("  ".join(f"{value:10.3f}" if isinstance(value, float) else f"{value:10}" for value in row.values()))
+        print("  ".join(f"{value:{widths[name]}{'.3f' if isinstance(value, float) else ''}}"
+                        for name, value in row.items()))
     for name in list(results[0])[1:]:
         values = [row[name] for row in results]
         print(f"{name}: mean {mean(values):.3f}, standard deviation {stdev(values) if len(values) > 1 else 0:.3f}, "

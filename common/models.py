@@ -367,17 +367,20 @@ class TokenHead(nn.Sequential):
         super().__init__(*make_head(width, outputs))
 
     def forward(self, states: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (N, H) -> all outputs (N, V); with tokens (N,), the output of the token and the log-sum-exp of
-        all (N, 2), computed as the logits are: CHUNK numbers at a time, again in the backward."""
-        inner = self[1](self[0](states))
+        """Hidden states (N, H) -> all outputs (N, V). With tokens (N,): the outputs of these (N, 1) from a frozen head,
+        which needs no others; else, with the log-sum-exp of all beside them, (N, 2), computed as the logits are: CHUNK
+        numbers at a time, again in the backward."""
+        inner, last = self[1](self[0](states)), self[2]
         if tokens is None:
-            return self[2](inner)
+            return last(inner)
+        if not last.weight.requires_grad:
+            return (inner * last.weight[tokens]).sum(1, keepdim=True) + last.bias[tokens][:, None]
 
         def score(inner, tokens):
-            outputs = self[2](inner)
+            outputs = last(inner)
             return torch.stack([outputs.gather(1, tokens[:, None])[:, 0], outputs.logsumexp(-1)], 1)
 
-        pieces = list(zip(*(part.split(max(1, CHUNK // self[2].out_features)) for part in (inner, tokens))))
+        pieces = list(zip(*(part.split(max(1, CHUNK // last.out_features)) for part in (inner, tokens))))
         if len(pieces) > 1 and inner.requires_grad:
             score = functools.partial(checkpoint, score, use_reentrant=False)
         return torch.cat([score(*piece) for piece in pieces])
@@ -457,8 +460,9 @@ class LanguageModel(nn.Module):
         (see `packs_exactly`), none of which may have its first token scored; `rules` must then not count tokens.
         Returns flat tensors over the N scored tokens in row order: logprobs (N,) under `rules`, entropy (N,) without
         gradient, unless told not to, and for each head its outputs (N, outputs) on the hidden state that predicts the
-        token; of a `TokenHead`, the token's output and the log-sum-exp of all (N, 2). Logits exist for scored tokens
-        only, CHUNK numbers at a time, and are computed again in the backward when there is more than one chunk.
+        token; of a `TokenHead`, the token's output and the log-sum-exp of all (N, 2), or if frozen, its output (N, 1).
+        Logits exist for scored tokens only, CHUNK numbers at a time, and are computed again in the backward when there
+        is more than one chunk.
         """
         encoder_states = self._encode(encoder_ids, encoder_mask) if self.seq2seq else None
         trunk_inputs = (ids, mask, encoder_states, encoder_mask)

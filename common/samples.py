@@ -94,8 +94,9 @@ def sample_row(row, where: str) -> Row:
     return Row(where, columns, turns, said, messages, first)
 
 
-def prompt_of(row: Row, words: int) -> dict:
-    """The row as an evaluation prompt, with its columns: all before its last output, or the first words of a text."""
+def prompt_of(row: Row, words: int, history: int | None = None) -> dict:
+    """The row as an evaluation prompt, with its columns: all before its last output, or the last `history` texts of it;
+    of a text, its first words."""
     if row.messages:
         said = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and i >= row.first]
         prompt = row.messages[: said[-1]] if said else row.messages
@@ -103,7 +104,8 @@ def prompt_of(row: Row, words: int) -> dict:
         opening = row.turns[0].split()
         prompt = " ".join(opening[: min(words, max(1, len(opening) // 2))])
     else:
-        prompt = "".join(row.turns[: max((i for i, said in enumerate(row.said) if said), default=0)])
+        last = max((i for i, said in enumerate(row.said) if said), default=0)
+        prompt = "".join(row.turns[max(0, last - (history or last)) : last])
     return {**row.columns, "prompt": prompt}
 
 

@@ -26,3 +26,8 @@ def summary(row: dict) -> dict:
 def positive(row: dict) -> dict | None:
     """Reviews labelled 1, as texts."""
     return {"text": row["text"]} if row["label"] == 1 else None
+
+
+def labelled(row):
+    """A text and its 0/1 label as reward, for ilql.py."""
+    return {"text": row["text"], "reward": row["label"]}
