@@ -623,13 +623,22 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
     return lambda samples, **_: {"score": classify(samples)}
 
 
-def headline(metrics: dict[str, float]) -> float:
-    """What the best model is chosen by: the metric called reward, or the first of a metric function, at its best beta;
-    minus infinity where there is none."""
-    names = [name for name in metrics if not name.startswith("eval/length")]
-    chosen = "eval/reward" if any(name.split("@")[0] == "eval/reward" for name in names) else (
-        names[0].split("@")[0] if names else "")
-    return max((metrics[name] for name in names if name.split("@")[0] == chosen), default=-math.inf)
+def headline(metrics: dict[str, float]) -> dict[str, float]:
+    """The metric that the best model is chosen by, for each beta: the one called reward, else the first of all but the
+    length."""
+    names = [name.split("@")[0] for name in metrics if not name.startswith("eval/length")]
+    chosen = "eval/reward" if "eval/reward" in names else (names or [None])[0]
+    return {name: value for name, value in metrics.items() if name.split("@")[0] == chosen}
+
+
+def comparison(before: dict[str, float], after: dict[str, float]) -> list[dict]:
+    """Rows for `table`: each metric before and after training, a row for each beta."""
+    rows = {}
+    for name, value in after.items():
+        metric, _, option = name.removeprefix("eval/").partition("@")
+        rows.setdefault(option, {"sampled with": option or "one beta"})[metric] = (
+            f"{before[name]:.3f} -> " * (name in before) + f"{value:.3f}")
+    return list(rows.values())
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -751,7 +760,8 @@ def train(
     if not checkpoint:
         state["before"], outputs = evaluate()
         counts = {"data/rows": len(rows), "data/trajectories": len(data), "data/dropped": dropped, "data/cut": cut}
-        log.metrics(0, {"samples": 0, "actions": 0, "epoch": 0.0, **counts, **state["before"]}, tuple(state["before"]))
+        log.metrics(0, {"samples": 0, "actions": 0, "epoch": 0.0, **counts, **state["before"]},
+                    tuple(headline(state["before"])))
         log.samples(0, outputs)
         if outputs:
             say(table("before training", evenly(outputs, 6)))
@@ -778,10 +788,11 @@ def train(
             state["after"], outputs = evaluate()
             metrics |= state["after"]
             log.samples(state["step"], outputs)
-            if headline(state["after"]) > state["best"]:
-                state["best"] = headline(state["after"])
+            best = max(headline(state["after"]).values(), default=-math.inf)
+            if best > state["best"]:
+                state["best"] = best
                 export(model, tokenizer, f"{folder}/checkpoints/best", lora, with_heads=True)
-        log.metrics(state["step"], metrics, ("loss/total", "value/q", *state.get("after", ())))
+        log.metrics(state["step"], metrics, ("loss/total", "value/q", "value/v", *headline(state.get("after", {}))))
         if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
             save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
                             {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
@@ -791,13 +802,14 @@ def train(
     if "after" in state and outputs:
         say(table("after training", evenly(outputs, 6)))
     after = state.get("after", state["before"])
-    if walks and after:
-        measured = [f"the walks {sum(walks.reward(walks.walks)) / len(walks.walks):.3f}"]
-        measured += [f"{name.partition('@')[2] or 'sampled'} {value:.3f}" for name, value in after.items()
-                     if name.startswith("eval/optimality")]
-        say(f"optimality: {', '.join(measured)}, shortest paths 1.000")
-    say("; ".join([*(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in after.items()),
-                   f"model in {folder}/model"]))
+    if after:
+        rows = comparison(state["before"], after)
+        if walks:
+            found = walks.metric(walks.walks)
+            rows.append({"sampled with": "(the walks)", **{name: f"{sum(value) / len(value):.3f}"
+                                                          for name, value in found.items()}, "length": ""})
+        say(table("before -> after training", rows))
+    say(f"model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 
