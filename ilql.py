@@ -336,18 +336,21 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
         reward = [reward]
     if len(reward) != outputs:
         raise UserError(f"{where}: has {len(reward)} rewards for {outputs} outputs")
-    flat = [(number, tokens, i) for example, tokens in zip(examples, placed)
-            for i, number in enumerate(example.trained) if number]
+    places, last = {}, []
+    for example, tokens in zip(examples, placed):
+        for i, number in enumerate(example.trained):
+            places.setdefault(number, []).append((tokens, i))
     for output, value in enumerate(reward, 1):
+        own = places.get(output, [])
+        last = own[-1:] or last
         if isinstance(value, list):
-            places = [(tokens, i) for number, tokens, i in flat if number == output]
-            if len(value) - skipped > len(places):
+            if len(value) - skipped > len(own):
                 raise UserError(f"{where}: has {len(value)} token rewards for output {output}, which has "
-                                f"{len(places) + skipped} tokens, the end token among them")
+                                f"{len(own) + skipped} tokens, the end token among them")
             value = value[skipped:]
         else:
-            places, value = [(tokens, i) for number, tokens, i in flat if number <= output][-1:], [value]
-        for (tokens, i), number in zip(places, value):
+            own, value = last, [value]
+        for (tokens, i), number in zip(own, value):
             tokens[i] += number
     return placed
 
@@ -355,15 +358,17 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
 def cut_example(
     example: Example, rewards: list[float], longest: int, side: str, loses: str, head: int, tail: int
 ) -> tuple[Example, list[float]]:
-    """The example and its token rewards in at most `longest` tokens; at least one action stays. See `fit` for what
-    loses its end; one that loses its beginning keeps its first `head` tokens, special ones."""
+    """The example and its token rewards in at most `longest` tokens; an action stays if there was one. See `fit` for
+    what loses its end; one that loses its beginning keeps its first `head` tokens, special ones, and what follows them
+    is no action, for what it answers is gone."""
     if loses == "end" or len(example.prompt) + len(example.output) <= longest:
-        short = fit(example, longest, side, head, tail)
-        return short, rewards[: len(short.output)]
+        fitted = fit(example, longest, side, head, tail)
+        return fitted, rewards[: len(fitted.output)]
     ids, none = [*example.prompt, *example.output], [0] * len(example.prompt)
     keep = [*range(head), *range(len(ids) - longest + head, len(ids))]
     ids, trained, rewards = ([row[i] for i in keep] for row in (ids, none + [*example.trained], none + rewards))
-    first = max(1, next(i for i, number in enumerate(trained) if number))
+    first = next((i for i, number in enumerate(trained) if number), len(ids))
+    first = min(max(first, head + 1), len(ids) - bool(example.output))
     return Example(ids[:first], ids[first:], trained[first:]), rewards[first:]
 
 
@@ -693,6 +698,8 @@ def train(
             raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
         logit_mask = logit_mask.to(device)
     ends = end_tokens(tokenizer, args.model)
+    if tokenizer.eos_token_id is None:
+        say("the tokenizer has no EOS, so that outputs are not taught to end")
     rules = LogitRules(eos_ids=ends, logit_mask=logit_mask)
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     longest = window(args.max_length, config)
