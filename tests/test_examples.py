@@ -10,10 +10,10 @@ from conftest import ROOT, VOCABULARY, char_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import ppo
-import sft
 from common.cli import UserError
 from common.data import call, check_scores, load_function
 from common.models import new_lm
+from common.samples import sample_row
 
 REWARDS = f"{ROOT}/examples/rewards.py"
 
@@ -38,7 +38,7 @@ def score(name, outputs, prompt="", output_ids=None, tokenizer=None, **columns):
     ("summary", dict(article="Long.", summary="Short."), ["summarize: Long.", "Short."], [False, True]),
     ("positive", dict(text="good", label=1), ["good"], [True])])
 def test_formats_give_rows_that_sft_knows(name, row, turns, said):
-    made = sft.sample_row(load_function(f"{ROOT}/examples/formats.py:{name}", "--format")(row), "here")
+    made = sample_row(load_function(f"{ROOT}/examples/formats.py:{name}", "--format")(row), "here")
     assert made.turns[-1] == turns[-1] and made.turns[0].endswith(turns[0]) and made.said == said
 
 
