@@ -35,9 +35,11 @@ Sample from what it wrote:
     print(ilql.sample(model, tokenizer, ["b", "c"], beta=100, max_new_tokens=9))
 """
 
+import contextlib
 import dataclasses
 import math
 import os
+import re
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -81,6 +83,7 @@ from common.models import (
     LogitRules,
     TokenHead,
     add_lora,
+    check_logit_mask,
     checkpoint_blocks,
     collate,
     end_tokens,
@@ -260,13 +263,13 @@ def check(args: Args, samples: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon", "history",
                   "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
-                  "prompt_words", "keep_checkpoints", "shard_size", "sync_every"),
+                  "prompt_words", "keep_checkpoints", "shard_size", "sync_every", "target_rate"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
                       "cql_scale", "awac_scale", "awac_beta"),
         unit=("adam_beta1", "adam_beta2", "gamma", "tau", "target_rate"))
     check_sampling(args)
-    if not args.beta or not all(map(math.isfinite, args.beta)):
-        raise UserError(f"--beta {' '.join(map(str, args.beta))}: has a value that means nothing")
+    if not args.beta or not all(abs(beta) <= 1e6 for beta in args.beta):
+        raise UserError(f"--beta {' '.join(map(str, args.beta))}: needs values, each within a million of 0")
     if args.tau in (0, 1):
         raise UserError(f"--tau {args.tau}: must lie between 0 and 1, or V learns from one side only")
     if args.max_length is not None and args.max_length < 2:
@@ -301,6 +304,9 @@ class Trajectory(NamedTuple):
 def read_reward(value, where: str, depth: int = 2):
     """A row's reward as a float, a list of floats, or a list of lists of them. Raises UserError for what is none."""
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str):  # as CSV files have it
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, (list, tuple)) and value and depth:
         return [read_reward(part, where, depth - 1) for part in value]
     if not isinstance(value, (int, float)) or not abs(value) < 1e300:
@@ -394,7 +400,7 @@ def make_trajectories(
         some = rows[start : start + 1000]
         encoded = encode(some, tokenizer, ends, seq2seq, args.history, open_ended=True)
         for row, reward, whole in zip(some, rewards[start:], encoded):
-            outputs = sum(row.said) if row.said else max((n for part in whole for n in part.trained), default=0)
+            outputs = sum(row.said or (message["role"] == "assistant" for message in row.messages[row.first :]))
             skipped = int(row.said == [True] and not head)
             placed = place_rewards(whole, reward, outputs, skipped, row.where)
             found, parts = [], []
@@ -455,7 +461,7 @@ def q_loss(qs: list[torch.Tensor], targets: torch.Tensor, weight: torch.Tensor) 
 
 
 def expectile_loss(values: torch.Tensor, target_q: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
-    """|tau - 1[u < 0]| u^2 for u = Q(s, a) - V(s) (IQL, Eqs. 4 and 5): V becomes the tau-expectile of the target heads'
+    """|tau - 1[u < 0]| u^2 for u = Q(s, a) - V(s) (IQL, Eq. 5): V becomes the tau-expectile of the target heads'
     Q over the data's actions. At tau 0.5 it is half the squared error. All (N,)."""
     u = target_q.detach() - values
     return (weight * torch.where(u < 0, 1 - tau, tau) * u**2).sum()
@@ -511,8 +517,8 @@ def sync_targets(model: LanguageModel, rate: float) -> None:
     """Polyak averaging: each weight of a target head moves by `rate` of its way to the Q head's."""
     parameters = sharded_parameters(model)
     for name, online in parameters.items():
-        if (twin := name.replace("heads.q", "heads.target_q")) != name:
-            parameters[twin].mul_(1 - rate).add_(online, alpha=rate)
+        if name.startswith("heads.q"):
+            parameters[name.replace("heads.q", "heads.target_q")].mul_(1 - rate).add_(online, alpha=rate)
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
@@ -580,7 +586,7 @@ def steer(model: LanguageModel, beta: float) -> Callable | None:
 
 def load(folder: str) -> tuple[LanguageModel, object]:
     """The model that a run wrote, with its heads, and its tokenizer, for `sample`; without heads, for beta 0 alone."""
-    device = init(0) if not dist.is_initialized() else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = init(None)
     model = LanguageModel(load_lm(folder), load_heads(folder)).to(device)
     model.device = device
     return model, load_tokenizer(folder)
@@ -606,12 +612,16 @@ def sample(
     temperature: 0 is greedy. top_k, top_p: 0 and 1 for all tokens. stop_sequences: outputs end where the first begins.
     logit_mask: (V, V) bool, [i, j] forbids token j after token i. The same seed gives the same outputs.
     """
+    if not abs(beta) <= 1e6 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+        raise UserError("sample: beta lies within a million of 0, temperature and top_k are 0 or more, top_p more than "
+                        "0 and at most 1, batch_size at least 1")
     if beta and not model.heads:
         raise UserError(f"beta {beta} needs the heads of a run of ilql.py beside the model: heads.safetensors")
     rows = prompt_rows(prompts, "prompts")
     room = prompt_room(None, max_new_tokens, model.lm.config.get_text_config())
     ids, _ = encode_prompts(rows, tokenizer, room, "left", model.seq2seq)
-    rules = LogitRules(temperature, end_tokens(tokenizer, model.lm.name_or_path), logit_mask=logit_mask)
+    rules = LogitRules(temperature, end_tokens(tokenizer, model.lm.name_or_path),
+                       logit_mask=check_logit_mask(logit_mask, model.device))
     items = sample_texts(model, tokenizer, ids, noise(generator(seed), len(ids), max_new_tokens), rules, top_k=top_k,
                          top_p=top_p, batch_size=batch_size, stop_sequences=stop_sequences,
                          adjust_logits=steer(model, beta))
@@ -628,21 +638,27 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
     return lambda samples, **_: {"score": classify(samples)}
 
 
+def named(metric: str) -> tuple[str, str]:
+    """Name and option of a metric of the evaluation: eval/score@beta=4 is score with beta=4."""
+    name = re.split(r"@(?=(?:beta|temperature|top_k|top_p)=)", metric, maxsplit=1)[0]
+    return name.removeprefix("eval/"), metric[len(name) + 1 :]
+
+
 def headline(metrics: dict[str, float]) -> dict[str, float]:
     """The metric that the best model is chosen by, for each beta: the one called reward, else the first of all but the
     length."""
-    names = [name.split("@")[0] for name in metrics if not name.startswith("eval/length")]
-    chosen = "eval/reward" if "eval/reward" in names else (names or [None])[0]
-    return {name: value for name, value in metrics.items() if name.split("@")[0] == chosen}
+    names = [name for name, _ in map(named, metrics) if name != "length"]
+    chosen = "reward" if "reward" in names else (names or [None])[0]
+    return {metric: value for metric, value in metrics.items() if named(metric)[0] == chosen}
 
 
 def comparison(before: dict[str, float], after: dict[str, float]) -> list[dict]:
     """Rows for `table`: each metric before and after training, a row for each beta."""
     rows = {}
-    for name, value in after.items():
-        metric, _, option = name.removeprefix("eval/").partition("@")
-        rows.setdefault(option, {"sampled with": option or "one beta"})[metric] = (
-            f"{before[name]:.3f} -> " * (name in before) + f"{value:.3f}")
+    for metric, value in after.items():
+        name, option = named(metric)
+        row = rows.setdefault(option, {"sampled with": option or "one beta"})
+        row[name] = (f"{before[metric]:.3f} -> " if metric in before else "") + f"{value:.3f}"
     return list(rows.values())
 
 
@@ -681,26 +697,24 @@ def train(
     rows = load_samples(samples, args.dataset, "--dataset",
                         load_function(args.format, "--format") if args.format else None)
     if rewards is not None:
-        rewards = list(rewards)
-        if len(rewards) != len(rows):
-            raise UserError(f"rewards: {len(rewards)} of them for {len(rows)} samples: give one each")
+        rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+        if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
+            raise UserError(f"rewards: must be a list with one for each of the {len(rows)} samples")
         rows = [row._replace(columns={**row.columns, "reward": reward}) for row, reward in zip(rows, rewards)]
-    if lacking := [row.where for row in rows if "reward" not in row.columns]:
-        raise UserError(f"{lacking[0]}: has no reward; --format can map rows")
+    for row in rows:
+        if "reward" not in row.columns:
+            columns = ", ".join(map(str, row.columns))
+            raise UserError(f"{row.where}: has no reward, only {columns}; --format can map rows")
     tokenizer = load_tokenizer(args.tokenizer or args.model) if args.tokenizer or args.model else walks_tokenizer()
     lm = load_lm(args.model) if args.model else untrained_walker(args.seed)
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {args.model} embeds fewer: give its own "
                         "--tokenizer")
-    if logit_mask is not None:
-        if logit_mask.dtype != torch.bool or logit_mask.ndim != 2 or logit_mask.all(1).any():
-            raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
-        logit_mask = logit_mask.to(device)
     ends = end_tokens(tokenizer, args.model)
     if tokenizer.eos_token_id is None:
         say("the tokenizer has no EOS, so that outputs are not taught to end")
-    rules = LogitRules(eos_ids=ends, logit_mask=logit_mask)
+    rules = LogitRules(eos_ids=ends, logit_mask=check_logit_mask(logit_mask, device))
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     longest = window(args.max_length, config)
     data, dropped, cut = make_trajectories(rows, tokenizer, ends, seq2seq, longest, args)
@@ -812,9 +826,9 @@ def train(
     if after:
         rows = comparison(state["before"], after)
         if walks:
-            found = walks.metric(walks.walks)
-            rows.append({"sampled with": "(the walks)", **{name: f"{sum(value) / len(value):.3f}"
-                                                          for name, value in found.items()}, "length": ""})
+            found = walks.metric(walks.walks).items()
+            rows.append({"sampled with": "(the walks)",
+                         **{name: f"{sum(values) / len(values):.3f}" for name, values in found}})
         say(table("before -> after training", rows))
     say(f"model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer

@@ -68,6 +68,7 @@ from common.models import (
     LanguageModel,
     LogitRules,
     add_lora,
+    check_logit_mask,
     checkpoint_blocks,
     collate,
     end_tokens,
@@ -631,11 +632,8 @@ def train(
 
     # --- models
     dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
-    if logit_mask is not None:
-        if logit_mask.dtype != torch.bool or logit_mask.ndim != 2 or logit_mask.all(1).any():
-            raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
-        logit_mask = logit_mask.to(device)
-    rules = LogitRules(args.temperature, end_tokens(tokenizer, path), args.min_new_tokens, logit_mask)
+    rules = LogitRules(args.temperature, end_tokens(tokenizer, path), args.min_new_tokens,
+                       check_logit_mask(logit_mask, device))
     torch.manual_seed(args.seed)  # the value head is the same on every rank, whatever was drawn before
     model, reference, lora = build(args, path, dtype, device, rules)
     try_out(model)

@@ -273,7 +273,7 @@ def chat_turns(
         (text,), (marks,) = render_jinja_template(
             [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map)
-        spans = [(start, stop) for start, stop in marks if start < stop and start >= len(render(first))]
+        spans = [(start, stop) for start, stop in marks if start >= len(render(first))]
     else:
         parts = [(before(i), render(i + 1)) for i in answers]
         told = all(text.startswith(after) and after.startswith(start) for start, after in parts)
@@ -391,7 +391,10 @@ def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
 
 
 def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
-    """A metric function's answer, as numbers and lists of `count` numbers. Raises UserError where it is not."""
+    """A metric function's answer, as numbers and lists of `count` numbers by name; a bare list, as reward functions
+    return it, is called reward. Raises UserError where it is not."""
+    if isinstance(metrics, (list, tuple)) or getattr(metrics, "ndim", 0) == 1:
+        metrics = {"reward": metrics}
     if not isinstance(metrics, dict):
         raise UserError(f"the metric function returned {short(metrics)}: return a dict of numbers or lists of numbers")
     checked = {}

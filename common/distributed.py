@@ -30,8 +30,9 @@ from common.cli import UserError
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def init(seed: int) -> torch.device:
-    """Join the process group (torchrun's, or a group of one), seed every generator alike, return this rank's device."""
+def init(seed: int | None) -> torch.device:
+    """Join the process group (torchrun's, or a group of one), seed every generator alike, unless the seed is None, and
+    return this rank's device."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -41,9 +42,10 @@ def init(seed: int) -> torch.device:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 

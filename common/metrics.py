@@ -151,7 +151,7 @@ def table(title: str, rows: list[dict]) -> str:
     def text(value):
         return f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
 
-    cells = [[text(row[name]) for name in names] for row in rows]
+    cells = [[text(row.get(name, "")) for name in names] for row in rows]
     need = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     texts = [i for i in range(len(names)) if isinstance(rows[0][names[i]], str)]
     spare = width - 2 * (len(names) - 1) - sum(need[i] for i in range(len(names)) if i not in texts)

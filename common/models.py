@@ -253,6 +253,16 @@ def load_heads(folder: str) -> dict[str, nn.Module]:
 # --- from logits to the policy ----------------------------------------------------------------------------------------
 
 
+def check_logit_mask(mask, device: torch.device) -> torch.Tensor | None:
+    """A user's logit mask (see `LogitRules`) on the device. Raises UserError for what cannot be one."""
+    if mask is None:
+        return None
+    fits = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 2
+    if not fits or mask.shape[0] != mask.shape[1] or mask.all(1).any():
+        raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
+    return mask.to(device)
+
+
 @dataclass(frozen=True)
 class LogitRules:
     """What turns logits into the policy's distribution. Sampler and training forward apply the same rules."""

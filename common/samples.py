@@ -40,8 +40,10 @@ def load_samples(given: list | None, path: str | None, flag: str, format_fn: Cal
     """The rows of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row for
     one that has none of the forms."""
     where = flag if given is not None else f"{flag} {path}"
-    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not len(given)):
-        raise UserError(f"{where}: holds no rows, or is not a list of them")
+    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not hasattr(given, "__iter__")):
+        raise UserError(f"{where}: is not a list of rows")
+    if given is not None and not (given := list(given)):
+        raise UserError(f"{where}: holds no rows")
     rows = []
     for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
         try:
@@ -120,9 +122,9 @@ def encode(
     """The examples of each row: one for a causal model (but see `chat_turns`), one for each output for an
     encoder-decoder, none where there is nothing to train. Each ends in an end token, added where the data has none.
 
-    history: an example for each output, which sees only so many texts before it. open_ended: where a row ends with what
-    is not trained, its last output gets no end token, and an example without an output follows, the whole prompt that
-    an answer would have.
+    history: an example for each output of turns, which sees only so many texts before it. open_ended: where a row ends
+    with what is not trained, no end token is added to its last output, and an example without an output follows, the
+    whole prompt that an answer would have; and a last output that is empty is an end token, all the same.
     """
     apart, found = seq2seq or history is not None, []
     for row in rows:
@@ -137,7 +139,7 @@ def encode(
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
         asks = open_ended and not row.messages and not row.said[-1]
-        if apart:  # the prompt is all that comes before an output, or what of it is given
+        if apart and row.said != [True]:  # the prompt is all that comes before an output, or what of it is given
             parts = [(turns, [*said, True] if asks else said) for turns, said in found[-1]]
             found[-1] = [(["".join(turns[max(0, i - (history or i)) : i]), *turns[i : i + 1]],
                           [False, True] if i < len(turns) else [False])
@@ -155,6 +157,8 @@ def encode(
         for _, said in parts:
             first, *others = next(tokenized)
             first += tail
+            if open_ended and others and said[-1] and not others[-1]:
+                others[-1] = eos
             opening = head or ([] if first or said[0] else start)  # BOS stands for an empty prompt
             if seq2seq and not opening + first:
                 raise UserError(f"{row.where}: the prompt is empty, and the tokenizer has no BOS or EOS in its place")

@@ -105,24 +105,19 @@ def normalised(raw: float) -> float:
 def data(games: int = 1200, seed: int = 1, best_share: float = 0.15) -> list[dict]:
     """Games as rows {"turns": [observation, action, observation, ...], "reward": [one number per action]}.
 
-    A game starts in a cell drawn from the 25 and stays in that cell's part of the maze: the left side, the right side,
-    or the dead end with the goal. All three have the junction, which is what paths can be put together at. Only moves
-    that stay in the part are drawn, so no row shows a wall where there is none: with probability `best_share` the
-    shortest path's, if it stays, else any, all alike, those into walls too. A row that arrives ends with its last
-    action; one cut at 100 moves ends with the observation after them, for it would have gone on.
+    A game starts in a cell drawn from the 25, in one of three parts of the maze: the left side, the right side, or the
+    dead end with the goal and the junction above it. A move is the shortest path's with probability `best_share`, else
+    one of four, all alike. A game ends at the goal, when a move has left its part, or after 100 moves. Its row ends
+    with the last action if that arrived, otherwise with the observation after it, for there it would have gone on.
     """
     rng = np.random.default_rng(seed)
+    part = {cell: np.sign(cell[1] - JUNCTION[1]) for cell in FREE}  # 0: the dead end
     rows = []
     for _ in range(games):
-        cell = STARTS[rng.integers(len(STARTS))]
-        side = np.sign(cell[1] - JUNCTION[1])  # 0: the dead end, with the junction
-        part = {other for other in FREE if np.sign(other[1] - JUNCTION[1]) == side} | {JUNCTION}
+        cell = start = STARTS[rng.integers(len(STARTS))]
         turns, rewards, done = [observe(cell)], [], False
-        while not done and len(rewards) < MAX_STEPS:
-            moves = [move for move in MOVES if target(cell, move) in part]
-            best = [move for move in BEST[cell] if move in moves]
-            if best and rng.random() < best_share:
-                moves = best
+        while not done and part[cell] == part[start] and len(rewards) < MAX_STEPS:
+            moves = BEST[cell] if rng.random() < best_share else list(MOVES)
             move = moves[rng.integers(len(moves))]
             cell, reward, done = step(cell, move)
             turns.append(f"{move}\n")

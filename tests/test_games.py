@@ -203,15 +203,14 @@ def games():
     return maze.data(seed=1)
 
 
-def part_of(cells):
-    """The part of the maze that all cells are in, the junction being in each of them."""
-    sides = {(column > 6) - (column < 6) for row, column in cells if (row, column) != (5, 6)}
-    assert len(sides) <= 1
-    return sides.pop() if sides else 0
+def part_of(cell):
+    """-1 and 1 for the sides, 0 for the dead end with the junction."""
+    return (cell[1] > 6) - (cell[1] < 6)
 
 
 def test_maze_rows_are_what_the_maze_does(games):
-    seen = Counter()
+    """A row ends at the goal, with the first observation of another part, or after 100 moves."""
+    seen, ends = Counter(), Counter()
     for row in games:
         observations, actions = [WHERE[text] for text in row["turns"][::2]], row["turns"][1::2]
         assert len(actions) == len(row["reward"]) <= 100
@@ -221,44 +220,38 @@ def test_maze_rows_are_what_the_maze_does(games):
             last = number == len(actions) - 1
             assert row["reward"][number] == (0.0 if after == (8, 6) else -1.0)
             assert observations[number + 1] == after if after != (8, 6) else last and len(row["turns"]) % 2 == 0
+        parts = [part_of(cell) for cell in observations]
+        assert set(parts[: len(actions)]) == {parts[0]}
         if len(row["turns"]) % 2:
-            assert len(actions) == 100 and len(observations) == 101
-            part_of(observations)
+            assert len(observations) == len(actions) + 1
+            ends["left" if parts[-1] != parts[0] else "long"] += 1
+            assert parts[-1] != parts[0] or len(actions) == 100
         else:
-            assert part_of(observations) == 0 and row["reward"][-1] == 0.0
+            ends["arrived"] += 1
+            assert parts[0] == 0 and row["reward"][-1] == 0.0
     assert set(seen) == {(cell, action) for cell in CORRIDORS[:-1] for action in ACTIONS}  # paths can be put together
+    assert ends.total() == 1200 and min(ends.values()) > 20
 
 
 def test_maze_data_recipe(games):
     assert len(games) == 1200 and games[:20] == maze.data(20, seed=1) != maze.data(20, seed=2)
     first = Counter(row["turns"][0] for row in games)
     assert set(first) == set(maze.starts()) and all(abs(count - 48) < 35 for count in first.values())
-    assert np.mean([len(row["turns"]) % 2 == 0 for row in games]) == pytest.approx(0.118, abs=0.03)
-    assert max(len(row["reward"]) for row in games) == 100
-    shares = Counter(action for row in games for text, action in zip(row["turns"][::2], row["turns"][1::2])
-                     if text == maze.observe((3, 3)))
-    total = shares.total()
-    assert shares["move down\n"] / total == pytest.approx(0.15 + 0.85 / 4, abs=0.02)
-    for other in ("move up\n", "move left\n", "move right\n"):
-        assert shares[other] / total == pytest.approx(0.85 / 4, abs=0.02)
-
-
-def test_maze_data_at_the_junction(games):
-    """From a side only back or against the wall above; in the dead end 0.15 down, and up or down the rest."""
-    for side, wanted in {-1: {"move left\n": 0.5, "move up\n": 0.5}, 1: {"move right\n": 0.5, "move up\n": 0.5},
-                         0: {"move down\n": 0.15 + 0.85 / 2, "move up\n": 0.85 / 2}}.items():
-        found = Counter()
-        for row in games:
-            if part_of([WHERE[text] for text in row["turns"][::2]]) == side:
-                found.update(action for text, action in zip(row["turns"][::2], row["turns"][1::2])
-                             if WHERE[text] == (5, 6))
-        assert {move: count / found.total() for move, count in found.items()} == pytest.approx(wanted, abs=0.11)
+    assert np.mean([len(row["turns"]) % 2 == 0 for row in games]) == pytest.approx(0.073, abs=0.03)
+    assert np.mean([len(row["reward"]) for row in games]) == pytest.approx(32, abs=4)
+    for cell, best in (((3, 3), "move down\n"), ((5, 6), "move down\n"), ((1, 1), "move right\n")):
+        shares = Counter(action for row in games for text, action in zip(row["turns"][::2], row["turns"][1::2])
+                         if text == maze.observe(cell))
+        for move in ACTIONS:
+            wanted = 0.85 / 4 + 0.15 * (move == best)
+            assert shares[move] / shares.total() == pytest.approx(wanted, abs=3 / shares.total() ** 0.5)
 
 
 def test_maze_data_all_best_or_all_random():
     for row in maze.data(100, best_share=1.0):
         cells = [WHERE[text] for text in row["turns"][::2]]
-        assert len(row["reward"]) == 100 if part_of(cells) else len(row["reward"]) == 9 - cells[0][0] - 1
+        steps = 8 - cells[0][0] if part_of(cells[0]) == 0 else len(cells) - 1
+        assert len(row["reward"]) == steps and cells[-1] == ((7, 6) if part_of(cells[0]) == 0 else (5, 6))
     moves = Counter(action for row in maze.data(100, best_share=0.0)
                     for text, action in zip(row["turns"][::2], row["turns"][1::2]) if text == maze.observe((3, 9)))
     assert min(moves.values()) / moves.total() > 0.2

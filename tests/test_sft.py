@@ -1100,6 +1100,7 @@ def test_metric_functions_may_return_arrays_and_must_return_numbers():
     given = {"a": np.array([1.0, 2.0]), "b": torch.tensor([1, 2]), "c": [np.float32(1), np.int64(2)], "e": (1, 2),
              "d": np.float64(3), "f": True}
     assert check_metrics(given, 2) == {"a": [1, 2], "b": [1, 2], "c": [1, 2], "d": 3, "e": [1, 2], "f": True}
+    assert check_metrics([1.0, 2.0], 2) == check_metrics(np.array([1.0, 2.0]), 2) == {"reward": [1.0, 2.0]}
     for wrong in (None, [1.0], {"a": [1.0]}, {"a": "text"}, {"a": [1.0, "x"]}, {"a": None}):
         with pytest.raises(UserError, match="^the metric function returned"):
             check_metrics(wrong, 2)
@@ -1128,7 +1129,7 @@ def test_data_that_has_changed_is_not_resumed(model_path, tmp_path):
 def test_tables_of_other_libraries_are_refused(model_path, tmp_path):
     """Iterating over a data frame gives the names of its columns."""
     pandas = pytest.importorskip("pandas")
-    with pytest.raises(UserError, match="^--dataset: holds no rows, or is not a list of them"):
+    with pytest.raises(UserError, match="^--dataset: is not a list of rows"):
         run(tmp_path, model_path("gpt2"), pandas.DataFrame({"text": ["ab", "cd"]}))
 
 
@@ -1202,7 +1203,7 @@ def test_files_format_and_metric_functions(model_path, tmp_path, monkeypatch):
             ("format", "users.py:none", "^--format .*users.py:none: .* has no attribute 'none'"),
             ("metric", "nowhere.py:fn", "^--metric .*nowhere.py"),
             ("eval_dataset", "none.csv", "^--eval-dataset .*none.csv: no such file$"),
-            ("metric", "users.py:wrong", "^the metric function returned list .*: return a dict")]:
+            ("metric", "users.py:wrong", "^the metric function returned list .* as 'reward' of 2 samples")]:
         with pytest.raises(UserError, match=problem):
             run(tmp_path, model_path("gpt2"), name="wrong", **{**flags, flag: f"{tmp_path}/{path}"})
 
