@@ -332,8 +332,8 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
     """Rewards for each token of each example of a row, before anything is cut; a reward for the whole row is not here.
 
     The reward of an output sits on its last token (that of an empty output on the token before). A list of token
-    rewards begins with an output's first token, of which `skipped` are no actions. Raises UserError where the numbers
-    do not fit.
+    rewards begins with an output's first token; the first `skipped` tokens of the row's are no actions. Raises
+    UserError where the numbers do not fit.
     """
     placed = [[0.0] * len(example.output) for example in examples]
     if not isinstance(reward, list):
@@ -350,10 +350,11 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
         own = places.get(output, [])
         last = own[-1:] or last
         if isinstance(value, list):
-            if len(value) - skipped > len(own):
+            before, skipped = skipped, 0
+            if len(value) - before > len(own):
                 raise UserError(f"{where}: has {len(value)} token rewards for output {output}, which has "
-                                f"{len(own) + skipped} tokens, the end token among them")
-            value = value[skipped:]
+                                f"{len(own) + before} tokens, the end token among them")
+            value = value[before:]
         else:
             own, value = last, [value]
         for (tokens, i), number in zip(own, value):
@@ -401,7 +402,8 @@ def make_trajectories(
         encoded = encode(some, tokenizer, ends, seq2seq, args.history, open_ended=True)
         for row, reward, whole in zip(some, rewards[start:], encoded):
             outputs = sum(row.said or (message["role"] == "assistant" for message in row.messages[row.first :]))
-            skipped = int(row.said == [True] and not head)
+            bare = row.said == [True] or start_token(tokenizer) is None  # of BOS or the like in front
+            skipped = int(bool(row.said) and bare and not head and not any(row.turns[: row.said.index(True)]))
             placed = place_rewards(whole, reward, outputs, skipped, row.where)
             found, parts = [], []
             for example, numbers in zip(whole, placed):

@@ -1,4 +1,4 @@
-"""Functions for `sft.py --format examples/formats.py:NAME`: from a row of a data set to a row that sft.py knows.
+"""Functions for `--format examples/formats.py:NAME`: from a row of a data set to a row that sft.py or ilql.py knows.
 
 Each gets a row as a dict and returns a text, a list of turns, a list of messages, or a dict with columns text, prompt
 and completion, messages or turns; or None, which leaves the row out. Other columns go on to the metric function.
@@ -28,6 +28,11 @@ def positive(row: dict) -> dict | None:
     return {"text": row["text"]} if row["label"] == 1 else None
 
 
-def labelled(row):
+def labelled(row: dict) -> dict:
     """A text and its 0/1 label as reward, for ilql.py."""
     return {"text": row["text"], "reward": row["label"]}
+
+
+def game(row: dict) -> dict:
+    """The turns of a game as one text, so that a model from scratch learns to read what it will have to answer."""
+    return {"text": "".join(row["turns"])}
