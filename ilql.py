@@ -403,7 +403,8 @@ def make_trajectories(
         for row, reward, whole in zip(some, rewards[start:], encoded):
             outputs = sum(row.said or (message["role"] == "assistant" for message in row.messages[row.first :]))
             bare = row.said == [True] or start_token(tokenizer) is None  # of BOS or the like in front
-            skipped = int(bool(row.said) and bare and not head and not any(row.turns[: row.said.index(True)]))
+            before = row.turns[: row.said.index(True)] if row.said and any(row.said) else ["?"]
+            skipped = int(bare and not head and not any(before))
             placed = place_rewards(whole, reward, outputs, skipped, row.where)
             found, parts = [], []
             for example, numbers in zip(whole, placed):

@@ -154,6 +154,7 @@ def encode(
         head, tail = ([], []) if row.messages else specials  # a chat template writes its own
         examples.append([])
         number = 0  # of the row's outputs so far
+        goes_on = open_ended and not (row.messages[-1]["role"] == "assistant" if row.messages else row.said[-1])
         for _, said in parts:
             first, *others = next(tokenized)
             first += tail
@@ -169,9 +170,9 @@ def encode(
             if not any(said) and open_ended:
                 examples[-1].append(Example(sum(pieces, []), [], []))
                 continue
-            closes = apart or not open_ended or said[-1]
+            closes = apart or not goes_on or bool(row.messages and len(parts) > 1)
             examples[-1] += whole_example(sum(pieces, []), trained, ends, eos if closes else [])
-        if row.messages and open_ended and row.messages[-1]["role"] != "assistant":
+        if row.messages and goes_on:
             examples[-1].append(Example(chat_ids(row.messages, tokenizer, add_generation_prompt=True), [], []))
     return examples
 
