@@ -379,51 +379,60 @@ def cut_example(
     return Example(ids[:first], ids[first:], trained[first:]), rewards[first:]
 
 
-def make_trajectories(
-    rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
-) -> tuple[list[Trajectory], int, int]:
-    """The trajectories of the rows, in at most `longest` tokens: one a row, or one an output (encoder-decoders,
-    --history); how many rows had no action; how many were cut.
+def row_trajectories(
+    row: Row, reward, whole: list[Example], tokenizer, special: tuple[int, int], longest: int, side: str, loses: str
+) -> tuple[list[Trajectory], bool]:
+    """The trajectories of a row, given its examples, in at most `longest` tokens; and whether anything was cut.
+    special: how many special tokens stand at either end of a prompt.
 
     The value of the state that follows a trajectory is needed where its row goes on in another one, or ends with a
     user's message, or has lost its end and the rewards there; otherwise its last action is terminal.
     """
+    outputs, skipped = sum(message["role"] == "assistant" for message in (row.messages or [])[row.first :]), 0
+    if row.said:
+        outputs = sum(row.said)
+        opens = not special[0] and outputs and not any(row.turns[: row.said.index(True)])  # an output begins the row
+        skipped = int(opens and (row.said == [True] or start_token(tokenizer) is None))  # its first token is the prompt
+    parts = []
+    for example, numbers in zip(whole, place_rewards(whole, reward, outputs, skipped, row.where)):
+        ends = chat_ends(example.prompt, tokenizer) if row.messages else special
+        parts.append(cut_example(example, numbers, longest, side, loses, *ends))
+    made = []
+    for i, (example, numbers) in enumerate(parts):
+        lost = loses == "end" and isinstance(reward, list) and len(example.output) < len(whole[i].output)
+        following = parts[i + 1][0].prompt if i + 1 < len(parts) else []
+        after = (example.prompt, example.output) if lost else (following, [])
+        if actions := [place for place, number in enumerate(example.trained) if number]:
+            made.append(Trajectory(example.prompt, example.output, actions, [numbers[i] for i in actions], *after))
+    if made and not isinstance(reward, list):
+        made[-1].rewards[-1] += reward
+    sizes = [[len(part.prompt) + len(part.output) for part in some] for some in (whole, [part for part, _ in parts])]
+    return made, sizes[0] != sizes[1]
+
+
+def make_trajectories(
+    rows: list[Row], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
+) -> tuple[list[Trajectory], int, int]:
+    """The trajectories of all rows: one a row, or one an output (encoder-decoders, --history); how many rows had no
+    action; how many were cut."""
     rewards = [read_reward(row.columns.get("reward"), row.where) for row in rows]
     totals = torch.tensor([total(reward) for reward in rewards], dtype=torch.float64)
     std = totals.std().item() if len(totals) > 1 else 0.0
     if args.normalize_rewards != "none" and std > 1e-8:  # equal rewards have no scale
         mean = totals.mean().item() if args.normalize_rewards == "mean-std" else 0.0
         rewards = [normalized(reward, mean, std) for reward in rewards]
-    head, tail = map(len, special_tokens(tokenizer, seq2seq))
     loses = "end" if seq2seq or args.history else args.row_loses
+    head, tail = special_tokens(tokenizer, seq2seq)
     made, dropped, cut = [], 0, 0
     for start in range(0, len(rows), 1000):
-        some = rows[start : start + 1000]
-        encoded = encode(some, tokenizer, ends, seq2seq, args.history, open_ended=True)
-        for row, reward, whole in zip(some, rewards[start:], encoded):
-            outputs = sum(row.said or (message["role"] == "assistant" for message in row.messages[row.first :]))
-            bare = row.said == [True] or start_token(tokenizer) is None  # of BOS or the like in front
-            before = row.turns[: row.said.index(True)] if row.said and any(row.said) else ["?"]
-            skipped = int(bare and not head and not any(before))
-            placed = place_rewards(whole, reward, outputs, skipped, row.where)
-            found, parts = [], []
-            for example, numbers in zip(whole, placed):
-                sizes = chat_ends(example.prompt, tokenizer) if row.messages else (head, tail)
-                parts.append(cut_example(example, numbers, longest, args.truncation_side, loses, *sizes))
-            for i, (example, numbers) in enumerate(parts):
-                lost = loses == "end" and isinstance(reward, list) and len(example.output) < len(whole[i].output)
-                following = parts[i + 1][0] if i + 1 < len(parts) else Example([], [], [])
-                after = (example.prompt, example.output) if lost else (following.prompt, [])
-                actions = [place for place, number in enumerate(example.trained) if number]
-                if actions:
-                    found.append(Trajectory(example.prompt, example.output, actions, [numbers[a] for a in actions],
-                                            *after))
-            if found and not isinstance(reward, list):
-                found[-1].rewards[-1] += reward
-            cut += any(len(part.prompt) + len(part.output) < len(full.prompt) + len(full.output)
-                       for (part, _), full in zip(parts, whole))
-            dropped += not found
+        some = slice(start, start + 1000)
+        encoded = encode(rows[some], tokenizer, ends, seq2seq, args.history, open_ended=True)
+        for row, reward, whole in zip(rows[some], rewards[some], encoded):
+            found, shorter = row_trajectories(row, reward, whole, tokenizer, (len(head), len(tail)), longest,
+                                              args.truncation_side, loses)
+            # arrays take a tenth of the memory of lists
             made += [Trajectory(*(array(kind, part) for kind, part in zip("iiidii", item))) for item in found]
+            dropped, cut = dropped + (not found), cut + shorter
     return made, dropped, cut
 
 
