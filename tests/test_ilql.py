@@ -1553,8 +1553,8 @@ def test_settings_that_work_are_let_through():
 
 
 def test_arguments_have_the_tasks_defaults():
-    assert ilql.arguments().sync_every == ilql.RANDOM_WALKS["sync_every"] == 5
-    assert ilql.arguments(epochs=3).epochs == 3 and ilql.arguments(dataset="randomwalks", model="m").tau == 0.8
+    assert ilql.arguments().tau == ilql.RANDOM_WALKS["tau"] == 0.9
+    assert ilql.arguments(epochs=3).epochs == 3 and ilql.arguments(dataset="randomwalks", model="m").tau == 0.9
     assert ilql.arguments(model="m", dataset="f.jsonl") == ilql.Args(model="m", dataset="f.jsonl")
     assert parse(ilql.Args, ilql.preset, ["--epochs", "2"]) == ilql.arguments(epochs=2)
 
