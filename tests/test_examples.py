@@ -36,20 +36,27 @@ def score(name, outputs, prompt="", output_ids=None, tokenizer=None, **columns):
     ("alpaca", dict(instruction="Add 1 and 2.", input="", output="3"),
      ["### Instruction:\nAdd 1 and 2.\n\n### Response:\n", "3"], [False, True]),
     ("summary", dict(article="Long.", summary="Short."), ["summarize: Long.", "Short."], [False, True]),
-    ("positive", dict(text="good", label=1), ["good"], [True])])
+    ("positive", dict(text="good", label=1), ["good"], [True]), ("labelled", dict(text="bad", label=0), ["bad"], [True]),
+    ("game", dict(turns=["a\n", "b\n", "c\n"], reward=[1]), ["a\nb\nc\n"], [True])])
 def test_formats_give_rows_that_sft_knows(name, row, turns, said):
     made = sample_row(load_function(f"{ROOT}/examples/formats.py:{name}", "--format")(row), "here")
     assert made.turns[-1] == turns[-1] and made.turns[0].endswith(turns[0]) and made.said == said
+
+
+def test_labels_are_rewards():
+    labelled = load_function(f"{ROOT}/examples/formats.py:labelled", "--format")
+    assert [labelled(dict(text="t", label=label))["reward"] for label in (0, 1)] == [0, 1]
 
 
 def test_positive_leaves_other_reviews_out():
     assert load_function(f"{ROOT}/examples/formats.py:positive", "--format")({"text": "bad", "label": 0}) is None
 
 
-@pytest.mark.parametrize("name,seq2seq", [("gpt2-mini", False), ("t5-mini", True)])
-def test_example_configs_make_models(name, seq2seq):
+@pytest.mark.parametrize("name,seq2seq,width", [
+    ("gpt2-mini", False, 192), ("gpt2-tiny", False, 128), ("t5-mini", True, 192)])
+def test_example_configs_make_models(name, seq2seq, width):
     lm = new_lm(f"{ROOT}/examples/{name}.json", char_tokenizer(), 1)
-    assert lm.config.is_encoder_decoder == seq2seq and lm.get_input_embeddings().weight.shape == (VOCABULARY, 192)
+    assert lm.config.is_encoder_decoder == seq2seq and lm.get_input_embeddings().weight.shape == (VOCABULARY, width)
 
 
 # --- form -------------------------------------------------------------------------------------------------------------
