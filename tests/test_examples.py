@@ -36,7 +36,8 @@ def score(name, outputs, prompt="", output_ids=None, tokenizer=None, **columns):
     ("alpaca", dict(instruction="Add 1 and 2.", input="", output="3"),
      ["### Instruction:\nAdd 1 and 2.\n\n### Response:\n", "3"], [False, True]),
     ("summary", dict(article="Long.", summary="Short."), ["summarize: Long.", "Short."], [False, True]),
-    ("positive", dict(text="good", label=1), ["good"], [True]), ("labelled", dict(text="bad", label=0), ["bad"], [True]),
+    ("positive", dict(text="good", label=1), ["good"], [True]),
+    ("labelled", dict(text="bad", label=0), ["bad"], [True]),
     ("game", dict(turns=["a\n", "b\n", "c\n"], reward=[1]), ["a\nb\nc\n"], [True])])
 def test_formats_give_rows_that_sft_knows(name, row, turns, said):
     made = sample_row(load_function(f"{ROOT}/examples/formats.py:{name}", "--format")(row), "here")
