@@ -36,7 +36,7 @@ FREE = {(row, column) for row, line in enumerate(LAYOUT) for column, mark in enu
 GOAL = next((row, line.index("G")) for row, line in enumerate(LAYOUT) if "G" in line)
 STARTS = sorted(FREE - {GOAL})
 FAR = [(1, 1), (1, 5), (1, 7), (1, 11)]  # the ends of the two bars: 12 moves
-JUNCTION = (5, 6)  # above the goal's dead end, between the two sides
+PARTS = {"left": 5 / 12, "right": 5 / 12, "goal": 1 / 6}  # how often the data's games start in each part
 MAX_STEPS = 100
 
 
@@ -102,21 +102,27 @@ def normalised(raw: float) -> float:
 # --- data and policies ----------------------------------------------------------------------------------------------
 
 
+def part(cell: tuple[int, int]) -> str:
+    """Which part of the maze a cell is in: the left T, the right T, or the corridor with the goal's dead end."""
+    return "goal" if cell[0] >= 5 else "left" if cell[1] < 6 else "right"
+
+
 def data(games: int = 1200, seed: int = 1, best_share: float = 0.15) -> list[dict]:
     """Games as rows {"turns": [observation, action, observation, ...], "reward": [one number per action]}.
 
-    A game starts in a cell drawn from the 25, in one of three parts of the maze: the left side, the right side, or the
-    dead end with the goal and the junction above it. A move is the shortest path's with probability `best_share`, else
-    one of four, all alike. A game ends at the goal, when a move has left its part, or after 100 moves. Its row ends
-    with the last action if that arrived, otherwise with the observation after it, for there it would have gone on.
+    A game starts in a part of the maze, the goal's less often than the others, so that 0.11 of the games arrive, as in
+    LMRL-Gym's Table 1; then in any cell of it. A move is the shortest path's with probability `best_share`, else one of
+    four, all alike. A game ends at the goal, when a move has left its part, or after 100 moves. Its row ends with the
+    last action if that arrived, otherwise with the observation after it, for there it would have gone on.
     """
     rng = np.random.default_rng(seed)
-    part = {cell: np.sign(cell[1] - JUNCTION[1]) for cell in FREE}  # 0: the dead end
     rows = []
     for _ in range(games):
-        cell = start = STARTS[rng.integers(len(STARTS))]
+        own = rng.choice(list(PARTS), p=list(PARTS.values()))
+        cells = [cell for cell in STARTS if part(cell) == own]
+        cell = cells[rng.integers(len(cells))]
         turns, rewards, done = [observe(cell)], [], False
-        while not done and part[cell] == part[start] and len(rewards) < MAX_STEPS:
+        while not done and part(cell) == own and len(rewards) < MAX_STEPS:
             moves = BEST[cell] if rng.random() < best_share else list(MOVES)
             move = moves[rng.integers(len(moves))]
             cell, reward, done = step(cell, move)

@@ -204,8 +204,8 @@ def games():
 
 
 def part_of(cell):
-    """-1 and 1 for the sides, 0 for the dead end with the junction."""
-    return (cell[1] > 6) - (cell[1] < 6)
+    """-1 and 1 for the sides, 0 for the corridor between them with the goal's dead end."""
+    return 0 if cell[0] >= 5 else -1 if cell[1] < 6 else 1
 
 
 def test_maze_rows_are_what_the_maze_does(games):
@@ -230,15 +230,19 @@ def test_maze_rows_are_what_the_maze_does(games):
             ends["arrived"] += 1
             assert parts[0] == 0 and row["reward"][-1] == 0.0
     assert set(seen) == {(cell, action) for cell in CORRIDORS[:-1] for action in ACTIONS}  # paths can be put together
-    assert ends.total() == 1200 and min(ends.values()) > 20
+    assert ends.total() == 1200 and len(ends) == 3 and min(ends.values()) >= 10
 
 
 def test_maze_data_recipe(games):
     assert len(games) == 1200 and games[:20] == maze.data(20, seed=1) != maze.data(20, seed=2)
     first = Counter(row["turns"][0] for row in games)
-    assert set(first) == set(maze.starts()) and all(abs(count - 48) < 35 for count in first.values())
-    assert np.mean([len(row["turns"]) % 2 == 0 for row in games]) == pytest.approx(0.073, abs=0.03)
-    assert np.mean([len(row["reward"]) for row in games]) == pytest.approx(32, abs=4)
+    parts = Counter(part_of(WHERE[text]) for text in first.elements())
+    assert abs(parts[0] / 1200 - 1 / 6) < 0.05 and abs(parts[-1] / 1200 - 5 / 12) < 0.06
+    for text in maze.starts():  # 8, 9 and 8 cells
+        alike = parts[part_of(WHERE[text])] / (9 if part_of(WHERE[text]) == 0 else 8)
+        assert abs(first[text] - alike) < 4 * alike**0.5
+    assert np.mean([len(row["turns"]) % 2 == 0 for row in games]) == pytest.approx(0.11, abs=0.03)
+    assert np.mean([len(row["reward"]) for row in games]) == pytest.approx(24.4, abs=3)
     for cell, best in (((3, 3), "move down\n"), ((5, 6), "move down\n"), ((1, 1), "move right\n")):
         shares = Counter(action for row in games for text, action in zip(row["turns"][::2], row["turns"][1::2])
                          if text == maze.observe(cell))
@@ -250,8 +254,10 @@ def test_maze_data_recipe(games):
 def test_maze_data_all_best_or_all_random():
     for row in maze.data(100, best_share=1.0):
         cells = [WHERE[text] for text in row["turns"][::2]]
-        steps = 8 - cells[0][0] if part_of(cells[0]) == 0 else len(cells) - 1
-        assert len(row["reward"]) == steps and cells[-1] == ((7, 6) if part_of(cells[0]) == 0 else (5, 6))
+        if part_of(cells[0]) == 0:
+            assert len(row["reward"]) == 8 - cells[0][0] + abs(cells[0][1] - 6) and cells[-1] == (7, 6)
+        else:
+            assert len(row["reward"]) == len(cells) - 1 and cells[-1] == (5, 3 if part_of(cells[0]) < 0 else 9)
     moves = Counter(action for row in maze.data(100, best_share=0.0)
                     for text, action in zip(row["turns"][::2], row["turns"][1::2]) if text == maze.observe((3, 9)))
     assert min(moves.values()) / moves.total() > 0.2
