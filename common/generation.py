@@ -159,8 +159,8 @@ def sample_texts(
 ) -> list[dict]:
     """`generate` over all ranks: each samples its share of the prompts, in batches; all return all, in order.
 
-    Returns for each prompt a dict of tokens, logprobs and finished (see `Generation`) and the texts prompt, output (cut
-    where the first stop sequence begins) and sample (both together), all without special tokens.
+    Returns for each prompt a dict of prompt_ids, of tokens, logprobs and finished (see `Generation`), and of the texts
+    prompt, output (cut where the first stop sequence begins) and sample (both together), without special tokens.
     """
     rows, real = rank_rows(len(prompts))
     mine = rows if keep_sharded else [row for row, is_real in zip(rows, real) if is_real]
@@ -178,7 +178,8 @@ def sample_texts(
             output = whole[len(prompt) :] if whole.startswith(prompt) else output
         if (end := find_stop(output, list(stop_sequences))) >= 0:
             output = output[:end]
-        item.update(prompt=prompt, output=output, sample=prompt + (" " if model.seq2seq else "") + output)
+        item.update(prompt_ids=prompts[row], prompt=prompt, output=output,
+                    sample=prompt + (" " if model.seq2seq else "") + output)
     return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
 
 

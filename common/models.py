@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -330,6 +331,35 @@ def collate(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def collate_branches(
+    lines: list[list[tuple[list, list[list], list[list]]]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Prompts with several outputs each, several of them a line, as inputs of a causal `LanguageModel.forward`.
+
+    lines: for each line, groups of a prompt, its outputs, and which tokens of these are to be scored. In the line the
+    prompt stands once, without its last token, which stands before each output: what predicts an output's first token.
+    Positions restart; mask (B, T, T) shows each token the prompt and the output that it belongs to, up to itself.
+    Scored tokens come in the order of the groups and of their outputs. See `shares_exactly`.
+    """
+    ids, places, scored, groups, branches = ([[] for _ in lines] for _ in range(5))
+    for row, line in enumerate(lines):
+        for group, (prompt, outputs, trained) in enumerate(line, 1):
+            prompt, pieces = list(prompt), [(list(prompt[:-1]), [False] * (len(prompt) - 1), 0)]
+            pieces += [(prompt[-1:] + list(output), [False, *map(bool, flags)], len(prompt) - 1)
+                       for output, flags in zip(outputs, trained)]
+            for branch, (tokens, flags, first) in enumerate(pieces):
+                ids[row] += tokens
+                places[row] += range(first, first + len(tokens))
+                scored[row] += flags
+                groups[row] += [group] * len(tokens)
+                branches[row] += [branch] * len(tokens)
+    ids, places, scored, groups, branches = (pad_rows(part, 0)[0].to(device)
+                                             for part in (ids, places, scored, groups, branches))
+    mask = (groups[:, :, None] == groups[:, None]).tril_()
+    mask &= (branches[:, None] == 0) | (branches[:, :, None] == branches[:, None])
+    return {"ids": ids, "mask": mask, "scored": scored.bool(), "position_ids": places}
+
+
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids (B, T) of a padded batch: real tokens count from 0 wherever the padding is."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -435,7 +465,7 @@ class LanguageModel(nn.Module):
         """Run `trunk`: hidden states (B, T, H) and the cache. mask covers cached and new tokens, or is None.
 
         With position_ids (B, T), lines hold several rows, and positions restart where one begins. transformers then
-        keeps the rows apart, but only without a mask and without a cache.
+        keeps the rows apart, but only without a mask and without a cache; or the mask (B, T, T) does.
         """
         inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": use_cache}
         if cache is not None:
@@ -443,7 +473,7 @@ class LanguageModel(nn.Module):
         if self.seq2seq:
             inputs |= {"encoder_hidden_states": encoder_states, "encoder_attention_mask": encoder_mask.long()}
         elif position_ids is not None:
-            inputs |= {"position_ids": position_ids, "attention_mask": None}
+            inputs |= {"position_ids": position_ids, "attention_mask": mask[:, None] if mask.ndim == 3 else None}
         elif self.takes_positions:
             inputs["position_ids"] = positions(mask)[:, -ids.shape[1]:]
         output = trunk(**inputs)
@@ -466,15 +496,20 @@ class LanguageModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Score the tokens marked in `scored` given all before them (see `collate`).
 
-        ids, mask, scored (B, T); encoder_ids, encoder_mask (B, P). position_ids (B, T): each line holds several rows
-        (see `packs_exactly`), none of which may have its first token scored; `rules` must then not count tokens.
+        ids, mask, scored (B, T); encoder_ids, encoder_mask (B, P), or (B / n, P) for prompts with n outputs each, one
+        after another. position_ids (B, T): each line holds several rows (see `packs_exactly`, `collate_branches`), none
+        of which may have its first token scored; `rules` must then not count tokens.
         Returns flat tensors over the N scored tokens in row order: logprobs (N,) under `rules`, entropy (N,) without
         gradient, unless told not to, and for each head its outputs (N, outputs) on the hidden state that predicts the
         token; of a `TokenHead`, the token's output and the log-sum-exp of all (N, 2), or if frozen, its output (N, 1).
         Logits exist for scored tokens only, CHUNK numbers at a time, and are computed again in the backward when there
         is more than one chunk.
         """
-        encoder_states = self._encode(encoder_ids, encoder_mask) if self.seq2seq else None
+        encoder_states = None
+        if self.seq2seq:
+            states = self._encode(encoder_ids, encoder_mask)
+            encoder_states, encoder_mask = (part.repeat_interleave(len(ids) // len(encoder_ids), 0)
+                                            for part in (states, encoder_mask))
         trunk_inputs = (ids, mask, encoder_states, encoder_mask)
         hidden, _ = self._states(trunk_of(self.lm), *trunk_inputs, position_ids=position_ids)
         rows, columns = scored[:, 1:].nonzero(as_tuple=True)
@@ -538,13 +573,49 @@ def packs_exactly(model: LanguageModel) -> bool:
     words = model.lm.get_input_embeddings().weight.shape[0]
     longest = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 9
     rows = [[(7 * i + 3 * n) % words for i in range(min(n, longest))] for n in (6, 4, 9)]
-    trunk, device = trunk_of(model.lm), model.device
-    alone = [model._states(trunk, torch.tensor([row], device=device), torch.ones(1, len(row), device=device))[0]
-             for row in rows]
-    line, places = (torch.tensor([sum(parts, [])], device=device) for parts in (rows, [[*range(len(r))] for r in rows]))
-    packed, _ = model._states(trunk, line, None, position_ids=places)
-    alone = torch.cat(alone, 1)
+    line, places = (torch.tensor([sum(parts, [])], device=model.device)
+                    for parts in (rows, [[*range(len(r))] for r in rows]))
+    packed, _ = model._states(trunk_of(model.lm), line, torch.ones_like(line), position_ids=places)
+    alone = torch.cat([_alone(model, row) for row in rows], 1)
     return bool((packed - alone).abs().max() < 1e-5 * alone.abs().max())
+
+
+def _alone(model: LanguageModel, row: list[int]) -> torch.Tensor:
+    """Hidden states (1, T, H) of a row by itself."""
+    ids = torch.tensor([row], device=model.device)
+    return model._states(trunk_of(model.lm), ids, torch.ones_like(ids))[0]
+
+
+@torch.no_grad()
+def shares_exactly(model: LanguageModel, longest: int) -> bool:
+    """Whether the outputs of a line of `collate_branches` have the hidden states that they have alone behind their
+    prompt, in rows of at most `longest` tokens. To be asked before the model is sharded, as `packs_exactly`.
+
+    Where attention reaches less far than that (sliding windows, chunks) the answer is no: a mask given replaces them.
+    """
+    config = model.lm.config.get_text_config()
+    reach = min(getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size"))
+    if model.seq2seq or not model.takes_positions or reach < longest:
+        return False
+    words = model.lm.get_input_embeddings().weight.shape[0]
+    texts = [[(7 * i + 3 * n) % words for i in range(min(n, max(1, longest // 2)))] for n in (6, 4, 9, 1, 5, 3)]
+    groups = [(texts[0], texts[1:3]), (texts[3], texts[4:])]
+    lines = [[(prompt, outputs, outputs) for prompt, outputs in groups], [(texts[4], texts[:1], texts[:1])]]
+    batch = collate_branches(lines, model.device)
+    try:
+        shared, _ = model._states(trunk_of(model.lm), batch["ids"], batch["mask"], position_ids=batch["position_ids"])
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    place = 0
+    for prompt, outputs in groups:
+        place += len(prompt) - 1
+        for output in outputs:
+            alone = _alone(model, prompt + output)[:, len(prompt) - 1 :]
+            found = shared[:1, place : place + 1 + len(output)]
+            if not (found - alone).abs().max() < 1e-5 * alone.abs().max():
+                return False
+            place += 1 + len(output)
+    return True
 
 
 # --- copies of the top blocks, references -----------------------------------------------------------------------------
@@ -558,9 +629,8 @@ class Replay(nn.Module):
         self.detach, self.value = detach, None
 
     def record(self, _module, _inputs, output):
-        """Forward hook for the policy's block. A detached recording happens only where no gradient is wanted."""
-        if not (self.detach and torch.is_grad_enabled()):
-            self.value = output
+        """Forward hook for the policy's block."""
+        self.value = tree_map_only(torch.Tensor, torch.Tensor.detach, output) if self.detach else output
 
     def forward(self, *_, **__):
         return self.value

@@ -1,0 +1,842 @@
+"""Direct preference optimisation (DPO, arXiv 2305.18290): learn from pairs of outputs, of which one was preferred.
+
+The policy is its own reward model: r(x, y) = beta log(pi(y | x) / pi_ref(y | x)) is the reward that pi would be optimal
+for under a KL penalty beta to the reference pi_ref, the model that training starts from. Minimise
+-log sigmoid(r(chosen) - r(rejected)), the likelihood of the choices under the Bradley-Terry model.
+
+Differences from the papers, and from other code where it differs from them:
+1. `--loss` has cDPO by --label-smoothing, robust DPO, IPO, hinge (SLiC) and the reference-free SimPO; --sft-coef adds
+   the chosen outputs' likelihood. An output's log-prob is the sum over its tokens, EOS among them, but the mean for ipo
+   and simpo: 2310.12036 is written with sums, its authors' published runs took means. --logprobs says otherwise; beta
+   means another thing then.
+2. A step's loss is a sum over its pairs divided by their number, whatever the micro-batches, ranks and padding.
+3. Both outputs of a pair go through one forward, behind one prompt: in lines that hold several pairs, each seeing its
+   own prompt and itself alone, where a check at the start finds that exact for the architecture; an encoder reads the
+   prompt once. The numbers are those of padded rows.
+4. The reference is a frozen copy, the model with its adapters off (--lora-rank), its own top blocks as they were
+   (--num-layers-unfrozen), or numbers computed once before training (--precompute-reference). Before the first step
+   policy and reference must agree, so that the first loss is log 2.
+5. The prompt is cut first, to half of the window at most, then the ends of the outputs: none is ever cut away whole.
+   Pairs of equal outputs are left out and counted.
+6. No dropout. AdamW; the paper has RMSprop. EOS is an action, the last.
+7. Random walks, the default task: two walks from one start, the one nearer to a shortest path chosen; the start of the
+   training is a small GPT-2 fitted to the walks.
+
+One step is one optimizer step on `--batch-size` pairs, over all processes: the same flags give the same optimisation on
+any number of them.
+
+    python dpo.py                                                        random walks on a CPU, a minute
+    python dpo.py --model gpt2 --dataset pairs.jsonl                     one GPU
+    torchrun --nproc_per_node 8 dpo.py --model gpt2 --dataset pairs.jsonl  eight GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 dpo.py --model gpt2 \\
+        --dataset pairs.jsonl                                            two machines: the same command on each
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from common.cli import UserError, check_bounds, check_sampling, run
+from common.data import (
+    chat_ends,
+    check_data,
+    encode_prompts,
+    evenly,
+    is_chat,
+    load_function,
+    load_prompts,
+    pack,
+    prompt_room,
+    read_rows,
+    short,
+    shuffled,
+    special_tokens,
+    window,
+)
+from common.distributed import (
+    adamw,
+    broadcast,
+    gather_rows,
+    generator,
+    init,
+    load_checkpoint,
+    optimizer_step,
+    rank_rows,
+    save_checkpoint,
+)
+from common.generation import evaluate_samples, try_out
+from common.metrics import RunLog, open_run, say, table
+from common.models import (
+    LanguageModel,
+    LogitRules,
+    add_lora,
+    checkpoint_blocks,
+    collate,
+    collate_branches,
+    end_tokens,
+    export,
+    freeze_below,
+    frozen,
+    load_classifier,
+    load_lm,
+    load_tokenizer,
+    prepare,
+    shares_exactly,
+    top_copy,
+    train_top,
+)
+from common.randomwalks import RandomWalks, cloned_walker, random_walks
+from common.randomwalks import tokenizer as walks_tokenizer
+from common.samples import Example, Row, encode, fit, prompt_of, sample_row
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """DPO for language models. The head of this file explains the algorithm, README.md the metrics."""
+
+    # model
+    model: str | None = None
+    """path or hub id of a causal or encoder-decoder LM; random walks makes its own when none is given"""
+    tokenizer: str | None = None
+    """path or hub id of the tokenizer, if it is not beside the model"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
+    num_layers_unfrozen: int = -1
+    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
+    lora_rank: int = 0
+    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
+    lora_alpha: float = 32.0
+    """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
+    precompute_reference: bool = False
+    """compute the reference's log-probs of all pairs before training and keep them in the run directory, so that one
+    model is in memory; samples then have no KL"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward: less memory, a third more arithmetic"""
+    offload: bool = False
+    """keep parameters and optimizer in CPU memory, for models that do not fit on the GPUs"""
+    shard_size: int | None = None
+    """processes that share one copy of the weights (hybrid sharding); all of them by default"""
+    keep_sharded: bool = False
+    """do not hold the gathered parameters during a rollout: slow, for models that fit on a GPU only in shards"""
+
+    # data
+    dataset: str | None = None
+    """randomwalks, or .jsonl[.gz], .json, .csv, .parquet or Hub data set name:split, with columns chosen and rejected,
+    and prompt unless it is what both begin with: texts, or lists of messages"""
+    format: str | None = None
+    """file.py:function or package.module:function from a row to a row with these columns, or to None to leave it out"""
+    eval_dataset: str | None = None
+    """rows for the held-out loss, in the same forms; none: a share of the data set, by --held-out"""
+    held_out: float = 0.05
+    """share of the data set that is kept out of training for evaluation, when there is no --eval-dataset"""
+    num_eval_rows: int = 1000
+    """how many held-out rows to use at most"""
+    max_length: int | None = None
+    """most tokens of prompt and output together, longer prompts being cut; none: the model's positions, at most 1024"""
+    truncation_side: Literal["left", "right"] = "left"
+    """the end of a long prompt that is cut off"""
+    pack: bool = True
+    """let pairs share lines, and the outputs of a pair their prompt, where a check at the start finds that exact, which
+    changes speed only (--micro-batch-size then counts lines)"""
+
+    # evaluation
+    eval_prompts: str | None = None
+    """prompts for evaluation, a file or Hub data set with column prompt or text; none: some of the run's own"""
+    num_eval_prompts: int = 256
+    """how many evaluation prompts to use at most"""
+    prompt_words: int | None = None
+    """use the first n words of each prompt"""
+    metric: str | None = None
+    """measure samples by file.py:function, package.module:function, or a classification model's path or hub id"""
+    max_new_tokens: int = 40
+    """most tokens in an output"""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """stop sequences: the output ends where the first one begins"""
+    generation_batch_size: int = 128
+    """prompts per generation batch on one process; affects memory and speed only"""
+    eval_temperature: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    """sampling temperature of evaluation; several values repeat it"""
+    eval_top_k: list[int] = dataclasses.field(default_factory=lambda: [0])
+    """sample from the k most likely tokens at evaluation, 0 from all; several values repeat it"""
+    eval_top_p: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    """sample from the likeliest tokens of this total probability at evaluation; several values repeat it"""
+    eval_samples: int = 1
+    """outputs per evaluation prompt"""
+
+    # algorithm
+    loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo"] = "sigmoid"
+    """sigmoid: DPO, or cDPO with --label-smoothing; simpo has no reference"""
+    beta: float = 0.1
+    """weight of the KL penalty in the implicit reward: with less the policy goes farther; simpo wants 2 or more"""
+    label_smoothing: float = 0.0
+    """share of the choices taken to be wrong, below 0.5, for sigmoid (cDPO) and robust"""
+    simpo_gamma: float = 1.0
+    """margin of simpo by which the chosen reward should be the larger one"""
+    logprobs: Literal["auto", "sum", "mean"] = "auto"
+    """an output's log-prob is the sum of its tokens' or their mean; auto: the mean for ipo and simpo, else the sum"""
+    sft_coef: float = 0.0
+    """weight of the negative log-likelihood of the chosen output, a mean over its tokens (2404.19733, Eq. 1)"""
+
+    # optimisation
+    epochs: int = 1
+    """passes over the data"""
+    batch_size: int = 32
+    """pairs per optimizer step, over all processes"""
+    micro_batch_size: int = 8
+    """pairs per forward on one process; affects memory and speed only"""
+    learning_rate: float = 5e-6
+    """peak learning rate"""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """the learning rate after warm-up: constant, or down to 0 as a cosine or a line"""
+    warmup_steps: int = 0
+    """optimizer steps over which the learning rate rises from 0"""
+    adam_beta1: float = 0.9
+    """Adam's decay of the mean gradient"""
+    adam_beta2: float = 0.95
+    """Adam's decay of the mean squared gradient"""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices"""
+    max_grad_norm: float = 1.0
+    """clip the gradient to this norm"""
+
+    # run
+    max_steps: int | None = None
+    """stop after this many steps even if more was asked for"""
+    eval_every: int = 100
+    """steps between evaluations; the start and the end are always evaluated"""
+    save_every: int = 0
+    """steps between checkpoints; 0: none"""
+    keep_checkpoints: int = 2
+    """newest checkpoints to keep"""
+    output_dir: str | None = None
+    """run directory; runs/SCRIPT-MODEL-SEED by default"""
+    resume: str | None = None
+    """auto, for the newest checkpoint of the run directory, or the path of a checkpoint"""
+    seed: int = 1
+    """seed of everything, the graph of random walks included"""
+    track: bool = False
+    """log to Weights and Biases too (WANDB_PROJECT, WANDB_MODE=offline and the like are its own settings)"""
+    config: str | None = None
+    """YAML file with flags; those on the command line win"""
+
+
+RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
+    max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=10, batch_size=64, micro_batch_size=64,
+    learning_rate=3e-4, warmup_steps=10, held_out=0.1)
+RESUMABLE = ("save_every", "keep_checkpoints", "max_steps", "output_dir", "resume", "track", "config")
+
+
+def preset(args: Args) -> dict:
+    """The defaults of the task that the flags choose."""
+    alone = args.dataset is None and args.model is None
+    return RANDOM_WALKS if alone or args.dataset == "randomwalks" else {}
+
+
+def arguments(**flags) -> Args:
+    """Args with the defaults of the task that the flags choose, as the command line makes them."""
+    return Args(**{**preset(Args(**flags)), **flags})
+
+
+def check(args: Args, pairs: list | None = None) -> None:
+    """Refuse settings that cannot work, in one line that names the flag."""
+    check_bounds(
+        args,
+        positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon", "beta",
+                  "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
+                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size"),
+        not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
+                      "label_smoothing", "simpo_gamma", "sft_coef"),
+        unit=("adam_beta1", "adam_beta2", "held_out"))
+    check_sampling(args)
+    if args.max_length is not None and args.max_length < 2:
+        raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
+    if args.label_smoothing >= 0.5:
+        raise UserError(f"--label-smoothing {args.label_smoothing}: must be below 0.5, or the choices say nothing")
+    if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
+        raise UserError(f"--label-smoothing is for --loss sigmoid and robust, not {args.loss}")
+    if args.precompute_reference and args.loss == "simpo":
+        raise UserError("--precompute-reference: --loss simpo has no reference; leave it out")
+    if args.held_out == 1:
+        raise UserError("--held-out 1.0: leaves nothing to train on")
+    given = pairs is not None or args.dataset not in (None, "randomwalks")
+    if args.model and pairs is None and args.dataset is None:
+        raise UserError(f"--model {args.model} needs a --dataset: a file, a Hub data set, or randomwalks")
+    if given and not args.model:
+        raise UserError(f"--dataset {args.dataset or ''} needs a --model")
+    if args.tokenizer and not args.model:
+        raise UserError("--tokenizer needs a --model: random walks has its own")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A prompt with two outputs, as token ids. A causal model reads prompt + output; an encoder reads the prompt."""
+
+    prompt: Sequence[int]  # never empty
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    chosen_trained: Sequence[int]  # which tokens of the output count: 0 for those of a user's message within it
+    rejected_trained: Sequence[int]
+    reference: Sequence[float] = ()  # the reference's log-probs of chosen and rejected, summed, if computed beforehand
+
+
+def walk_pairs(walks: RandomWalks, seed: int) -> list[dict]:
+    """Each walk beside another from the same start that is better or worse by the task's metric, the better one chosen;
+    a pair that comes twice stands once."""
+    rng, pairs, optimality = np.random.default_rng(seed), {}, walks.reward(walks.walks)
+    for walk, score in zip(walks.walks, optimality):
+        others = [(other, value) for other, value in zip(walks.walks, optimality)
+                  if other[0] == walk[0] and value != score]
+        if others:
+            other, value = others[rng.integers(len(others))]
+            pairs[(walk, other) if score > value else (other, walk)] = None
+    return [{"prompt": a[0], "chosen": a[1:], "rejected": b[1:]} for a, b in pairs]
+
+
+def shared_beginning(chosen: str, rejected: str) -> str:
+    """The prompt of two dialogues written out whole: what both begin with, up to the last "Assistant:" in it (as in
+    Anthropic's HH), else up to the last space, so that both go on."""
+    both = os.path.commonprefix([chosen, rejected])
+    mark = both.rfind("\n\nAssistant:")
+    if mark >= 0:
+        return both[: mark + len("\n\nAssistant:")]
+    both = both[: min(len(chosen), len(rejected)) - 1]
+    return both[: max(0, *map(both.rfind, " \n\t"))]
+
+
+def pair_rows(row, where: str) -> tuple[Row, Row]:
+    """The two sides of a row, each as one of `sample_row`. Raises UserError naming the row for what is no pair."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be an object with columns, not {short(row)}")
+    columns = {name: value for name, value in row.items() if value is not None}
+    for name in ("chosen", "rejected"):
+        if name not in columns:
+            found = ", ".join(map(str, columns)) or "nothing"
+            raise UserError(f"{where}: has no {name}, only {found}; --format can map rows")
+        if not isinstance(columns[name], str) and columns[name] != [] and not is_chat(columns[name]):
+            raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
+    prompt, sides = columns.get("prompt"), [columns["chosen"], columns["rejected"]]
+    if isinstance(sides[0], str) != isinstance(sides[1], str):
+        raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
+    if isinstance(sides[0], str):
+        if prompt is None:
+            prompt = shared_beginning(*sides)
+            sides = [side[len(prompt) :] for side in sides]
+    elif not is_chat(prompt) or all(side[: len(prompt)] == prompt for side in sides):  # whole dialogues
+        shared = next((i for i, (one, other) in enumerate(zip(*sides)) if one != other), min(map(len, sides)))
+        while shared and sides[0][shared - 1]["role"] == "assistant":
+            shared -= 1
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+        if not prompt:
+            raise UserError(f"{where}: chosen and rejected begin with different messages, and there is no prompt")
+    made = []
+    for name, side in zip(("chosen", "rejected"), sides):
+        if not (side if isinstance(side, str) else any(m["role"] == "assistant" and m["content"] for m in side)):
+            raise UserError(f"{where}: {name} is empty")
+        made.append(sample_row({"prompt": prompt, "completion": side}, where)._replace(columns=columns))
+    return tuple(made)
+
+
+def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[tuple[Row, Row]]:
+    """The pairs of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row
+    for what is no pair."""
+    where = flag if given is not None else f"{flag} {path}"
+    if isinstance(given, (str, dict)) or (given is not None and not hasattr(given, "__iter__")):
+        raise UserError(f"{where}: is not a list of rows")
+    rows = []
+    for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
+        try:
+            row = format_fn(dict(row)) if format_fn else row
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
+        if row is not None:
+            rows.append(pair_rows(row, f"{where}, row {number}"))
+    if not rows:
+        raise UserError(f"{where}: " + ("--format left out every row" if format_fn else "holds no rows"))
+    return rows
+
+
+def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int) -> list[Example]:
+    """Both examples in at most `longest` tokens, behind one prompt: see `fit`, which the longer output decides by."""
+    prompt = fit(max(sides, key=lambda example: len(example.output)), longest, side, head, tail).prompt
+    room = max(0, longest - len(prompt))
+    return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]
+
+
+def make_pairs(
+    rows: list[tuple[Row, Row]], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, side: str
+) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs of the rows, in at most `longest` tokens each; how many had equal outputs, no room for them, were
+    cut."""
+    pairs, counts = [], {"equal": 0, "dropped": 0, "cut": 0}
+    head, tail = map(len, special_tokens(tokenizer, seq2seq))
+    for some in (rows[i : i + 500] for i in range(0, len(rows), 500)):
+        encoded = encode([row for both in some for row in both], tokenizer, ends, seq2seq)
+        for (row, _), chosen, rejected in zip(some, encoded[::2], encoded[1::2]):
+            if len(chosen) != 1 or len(rejected) != 1 or list(chosen[0].prompt) != list(rejected[0].prompt):
+                raise UserError(f"{row.where}: the chat template does not write chosen and rejected as one answer each "
+                                "to the same prompt; give pairs that differ in the last answer alone")
+            whole = [chosen[0], rejected[0]]
+            ends_of_prompt = chat_ends(whole[0].prompt, tokenizer) if row.messages else (head, tail)
+            sides = fit_pair(whole, longest, side, *ends_of_prompt)
+            if not all(any(example.trained) for example in sides):
+                counts["dropped"] += 1
+            elif list(sides[0].output) == list(sides[1].output):
+                counts["equal"] += 1
+            else:
+                counts["cut"] += any(sum(map(len, a[:2])) < sum(map(len, b[:2])) for a, b in zip(sides, whole))
+                # arrays take a tenth of the memory of lists
+                ids = [array("i", part) for part in (sides[0].prompt, sides[0].output, sides[1].output)]
+                pairs.append(Pair(*ids, *(bytes(map(bool, example.trained)) for example in sides)))
+    return pairs, counts
+
+
+def micro_batches(
+    pairs: list[Pair], shared: bool, micro_batch_size: int, start_id: int | None, device: torch.device
+) -> Iterator[tuple[list[int], torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
+    """This rank's share of the pairs, micro-batches of M: their numbers, their weights (M,), 0 for those that are there
+    only because all ranks make the same calls, inputs of `LanguageModel.forward`, and which output each of its N tokens
+    is of (N,): 2i for the chosen one of the i-th pair, 2i + 1 for the rejected one.
+
+    shared: lines hold several pairs, as many as the longest one leaves room for, each with its prompt once.
+    """
+    lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) + 1 for pair in pairs]
+    if shared:
+        lines = pack(lengths, max(lengths))
+    else:  # like lengths share a micro-batch
+        lines = [[number] for number in sorted(range(len(pairs)), key=lengths.__getitem__)]
+    mine, real = rank_rows(len(lines))
+    for begin in range(0, len(mine), micro_batch_size):
+        micro = slice(begin, begin + micro_batch_size)
+        numbers = [number for line in mine[micro] for number in lines[line]]
+        weight = [float(is_real) for line, is_real in zip(mine[micro], real[micro]) for _ in lines[line]]
+        outputs = [(pairs[number].chosen, pairs[number].rejected) for number in numbers]
+        trained = [(pairs[number].chosen_trained, pairs[number].rejected_trained) for number in numbers]
+        if shared:
+            groups = iter(zip((pairs[number].prompt for number in numbers), outputs, trained))
+            batch = collate_branches([[next(groups) for _ in lines[line]] for line in mine[micro]], device)
+        else:
+            prompts = [list(pairs[number].prompt) for number in numbers for _ in range(2)]
+            batch = collate(prompts, [list(output) for both in outputs for output in both], start_id, device,
+                            [list(map(bool, flags)) for both in trained for flags in both])
+            for name in ("encoder_ids", "encoder_mask") if start_id is not None else ():
+                batch[name] = batch[name][::2]  # which the outputs share
+        counts = torch.tensor([sum(map(bool, flags)) for both in trained for flags in both])
+        owner = torch.arange(len(counts)).repeat_interleave(counts).to(device)
+        yield numbers, torch.tensor(weight, device=device), batch, owner
+
+
+# --- algorithm --------------------------------------------------------------------------------------------------------
+#
+# Log-probs of outputs, chosen and rejected, by the policy and by the reference, are vectors (M,), in nats; so are
+# losses, one a pair. Divide their sum by the number of pairs of the whole batch.
+
+
+def output_logprobs(logprobs: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
+    """log pi(y | x) of `count` outputs, the sums of their tokens' log-probs: (N,), (N,) -> (count,)."""
+    return torch.zeros(count, device=logprobs.device).index_add(0, owner, logprobs)
+
+
+def implicit_reward(logprob: torch.Tensor, ref_logprob: torch.Tensor, beta: float) -> torch.Tensor:
+    """r(x, y) = beta log(pi(y | x) / pi_ref(y | x)) (DPO, Eq. 5), without beta log Z(x), which no choice shows."""
+    return beta * (logprob - ref_logprob)
+
+
+def dpo_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """-log sigmoid(r(chosen) - r(rejected)) (DPO, Eq. 7). Its gradient is -beta sigmoid(r(rejected) - r(chosen)) times
+    that of log pi(chosen) - log pi(rejected) (section 4): pairs that are ordered wrongly weigh more. With label
+    smoothing, cDPO: the expectation when that share of the choices is the wrong way round (Mitchell 2023, Eq. 3)."""
+    margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def robust_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Robust DPO (arXiv 2403.00409, Eq. 13): unbiased for the loss on true choices, when a share `label_smoothing` of
+    those seen is the wrong way round. It can be below 0."""
+    margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
+    right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """IPO (arXiv 2310.12036, Eq. 17): (h - 1 / (2 beta))^2 for h = log(pi(chosen) pi_ref(rejected) / (pi(rejected)
+    pi_ref(chosen))); its tau is beta here. The margin has an optimum, so that certain choices do not drive it on."""
+    return ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2
+
+
+def hinge_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """max(0, 1 - (r(chosen) - r(rejected))): SLiC's hinge (arXiv 2305.10425) on DPO's rewards (2309.06657, Eq. 10)."""
+    margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
+    return torch.relu(1 - margin)
+
+
+def simpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+    """-log sigmoid(beta chosen - beta rejected - gamma) of mean log-probs (SimPO, arXiv 2405.14734, Eq. 6)."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def preference_loss(policy: torch.Tensor, reference: torch.Tensor, args: Args) -> torch.Tensor:
+    """The loss that `--loss` names, a pair (M,); log-probs of chosen and rejected outputs (M, 2)."""
+    columns = (*policy.unbind(1), *reference.unbind(1))
+    if args.loss == "simpo":
+        return simpo_loss(*columns[:2], args.beta, args.simpo_gamma)
+    if args.loss in ("ipo", "hinge"):
+        return {"ipo": ipo_loss, "hinge": hinge_loss}[args.loss](*columns, args.beta)
+    return {"sigmoid": dpo_loss, "robust": robust_loss}[args.loss](*columns, args.beta, args.label_smoothing)
+
+
+def pair_loss(
+    sums: torch.Tensor, ref_sums: torch.Tensor, lengths: torch.Tensor, weight: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a micro-batch, summed over its M pairs, and sums for the log. sums, ref_sums, lengths (M, 2): of
+    chosen and rejected, the log-probs of policy and reference, summed over tokens, and numbers of tokens; weight (M,).
+    """
+    means = args.logprobs == "mean" or (args.logprobs == "auto" and args.loss in ("ipo", "simpo"))
+    policy, reference = (sums / lengths, ref_sums / lengths) if means else (sums, ref_sums)
+    preference, sft = preference_loss(policy, reference, args), -sums[:, 0] / lengths[:, 0]
+    rewards = implicit_reward(policy, reference, args.beta).detach()
+    margin = rewards[:, 0] - rewards[:, 1]
+    parts = {"loss": preference + args.sft_coef * sft, "preference_loss": preference, "sft_loss": sft,
+             "accuracy": (margin > 0) + 0.5 * (margin == 0), "margin": margin,
+             "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1],
+             "chosen_logprob": sums[:, 0], "rejected_logprob": sums[:, 1], "kl": (ref_sums - sums).mean(1)}
+    if args.loss == "simpo":
+        del parts["kl"]
+    return (parts["loss"] * weight).sum(), {name: (part.detach() * weight).sum() for name, part in parts.items()}
+
+
+def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: str) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total`: a linear rise, then constant, a cosine or a line."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
+
+
+def batch_loss(
+    model: LanguageModel, reference: Callable | None, pairs: list[Pair], shared: bool, args: Args
+) -> dict[str, float]:
+    """Means over all pairs, on all ranks, of what `pair_loss` gives; where gradients are on, adds the gradient of their
+    mean loss. reference: token log-probs of a batch that the policy has just scored; None where the pairs have them, or
+    nothing asks for them."""
+    world, totals = dist.get_world_size(), {}
+    for numbers, weight, batch, owner in micro_batches(pairs, shared, args.micro_batch_size, model.start_id,
+                                                       model.device):
+        count = 2 * len(numbers)
+        sums = output_logprobs(model(**batch, with_entropy=False)["logprobs"], owner, count).view(-1, 2)
+        lengths = owner.bincount(minlength=count).view(-1, 2)
+        if reference:
+            with torch.no_grad():
+                ref_sums = output_logprobs(reference(batch), owner, count).view(-1, 2)
+        elif pairs[0].reference:
+            ref_sums = sums.new_tensor([list(pairs[number].reference) for number in numbers])
+        else:
+            ref_sums = torch.zeros_like(sums)
+        loss, parts = pair_loss(sums, ref_sums, lengths, weight, args)
+        if torch.is_grad_enabled():
+            # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
+            (loss * world / len(pairs)).backward()
+        totals = {name: totals.get(name, 0.0) + value.item() for name, value in parts.items()}
+    every = gather_rows([totals], world)
+    return {name: sum(rank_totals[name] for rank_totals in every) / len(pairs) for name in totals}
+
+
+# --- models and the reference -----------------------------------------------------------------------------------------
+
+
+def load_models(
+    lm: PreTrainedModel, path: str, dtype: torch.dtype, device: torch.device, longest: int, args: Args
+) -> tuple[LanguageModel, Callable | None, object, bool]:
+    """The sharded policy; the reference's token log-probs as a function of a batch (to be called right after the
+    policy's forward on it), if one is wanted in memory; peft's wrapper if there is one; whether pairs share lines."""
+    options = dict(shard_size=args.shard_size, offload=args.offload)
+    live = args.loss != "simpo" and not args.precompute_reference
+    lora = twin = None
+    if args.lora_rank:
+        lora = add_lora(lm, args.lora_rank, args.lora_alpha)
+    elif args.num_layers_unfrozen != -1 and live:
+        twin = top_copy(lm, args.num_layers_unfrozen, whole=True, detach=True)
+        freeze_below(lm, twin)
+    elif args.num_layers_unfrozen != -1:
+        train_top(lm, args.num_layers_unfrozen)
+    elif live:
+        twin = load_lm(path)
+    model = LanguageModel(lm)
+    shared = args.pack and shares_exactly(model, longest)
+    if args.gradient_checkpointing:
+        checkpoint_blocks(lm)
+    prepare(model, dtype, device, **options)
+    reference = prepare(frozen(twin, dtype), dtype, device, **options) if twin else model
+
+    def reference_logprobs(batch):
+        with lora.disable_adapter() if lora else contextlib.nullcontext():
+            return reference(**batch, with_entropy=False)["logprobs"]
+
+    return model, reference_logprobs if live else None, lora, shared
+
+
+@torch.no_grad()
+def with_reference(
+    model: LanguageModel, pairs: list[Pair], shared: bool, micro_batch_size: int
+) -> list[Pair]:
+    """The pairs with their outputs' log-probs by the model as it is."""
+    found = []
+    for numbers, weight, batch, owner in micro_batches(pairs, shared, micro_batch_size, model.start_id, model.device):
+        logprobs = model(**batch, with_entropy=False)["logprobs"]
+        sums = output_logprobs(logprobs, owner, 2 * len(numbers)).view(-1, 2).tolist()
+        found += [(number, both) for number, both, real in zip(numbers, sums, weight.tolist()) if real]
+    # the ranks have different numbers of pairs
+    every = dict(sum(gather_rows([found], dist.get_world_size()), []))
+    return [pair._replace(reference=array("f", every[number])) for number, pair in enumerate(pairs)]
+
+
+def precomputed(
+    model: LanguageModel, sets: list[list[Pair]], shared: bool, folder: str, data: int, args: Args
+) -> list[list[Pair]]:
+    """The sets of pairs with the reference's log-probs, from the run directory if it has those of this data (a
+    checksum), else computed and written there. To be called before the model has changed."""
+    path, known = f"{folder}/reference.safetensors", None
+    if dist.get_rank() == 0 and os.path.exists(path):
+        found = load_file(path)
+        known = [found["train"].tolist(), found["held_out"].tolist()] if int(found["data"]) == data else None
+    if known := broadcast(known):
+        return [[pair._replace(reference=array("f", both)) for pair, both in zip(pairs, table)]
+                for pairs, table in zip(sets, known)]
+    say(f"computing the reference's log-probs of {sum(map(len, sets))} pairs ...")
+    sets = [with_reference(model, pairs, shared, args.micro_batch_size) if pairs else [] for pairs in sets]
+    if dist.get_rank() == 0:
+        tables = [torch.tensor([list(pair.reference) for pair in pairs]).reshape(-1, 2) for pairs in sets]
+        save_file({"train": tables[0], "held_out": tables[1], "data": torch.tensor(data)}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    dist.barrier()
+    return sets
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_kl(
+    model: LanguageModel, reference: Callable, items: list[dict], micro_batch_size: int
+) -> dict[str, list[float]]:
+    """`kl` of each sample, log pi(y | x) - log pi_ref(y | x): at temperature 1 their mean is an unbiased estimate of
+    KL(pi || pi_ref), in nats an output. All ranks share the work."""
+    rows, _ = rank_rows(len(items))
+    found = []
+    for start in range(0, len(rows), micro_batch_size):
+        chosen = [items[row] for row in rows[start : start + micro_batch_size]]
+        batch = collate([item["prompt_ids"] for item in chosen], [item["tokens"] for item in chosen], model.start_id,
+                        model.device)
+        owner = batch["scored"].nonzero()[:, 0]
+        logprobs = model(**batch, with_entropy=False)["logprobs"]
+        found += output_logprobs(logprobs - reference(batch), owner, len(chosen)).tolist()
+    return {"kl": gather_rows(found, len(items))}
+
+
+def load_metric(spec: str | None, device: torch.device) -> Callable | None:
+    """The metric function that `--metric` names. A classifier's answers are called `score`."""
+    if spec is None or dist.get_rank():  # called on rank 0 alone
+        return None
+    if ":" in spec and not os.path.exists(spec):
+        return load_function(spec, "--metric")
+    classify = load_classifier(spec, "--metric", device, batch_size=64)
+    return lambda samples, **_: {"score": classify(samples)}
+
+
+def check_start(metrics: dict[str, float], beta: float, dtype: torch.dtype) -> None:
+    """Stop before the first update if policy and reference, which are the same model, differ by more than rounding."""
+    gap = max(abs(metrics["chosen_reward"]), abs(metrics["rejected_reward"])) / beta
+    if not gap < (1e-2 if dtype == torch.float32 else 3.0):
+        raise UserError(f"before the first update policy and reference differ by {gap:.4f} nats an output: this "
+                        "architecture is not handled rightly here")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    args: Args | None = None,
+    pairs: list | None = None,
+    eval_prompts: list | None = None,
+    metric_fn: Callable | None = None,
+    held_out_pairs: list | None = None,
+    stop_sequences: list[str] | None = None,
+):
+    """Train by DPO; return the model and its tokenizer, plain transformers objects (the model on rank 0, else None).
+
+    pairs: rows with columns as in `--dataset`, which they replace; held_out_pairs: likewise, for the held-out loss.
+    eval_prompts: texts, or rows with a prompt and metadata. metric_fn(samples, prompts, outputs, tokenizer,
+    **metadata) -> {name: list or number} measures them; it gets those arguments that it accepts. args: see `arguments`;
+    random walks by default. Raises UserError for what the user can mend.
+    """
+    started, args = time.time(), args or (arguments() if pairs is None else Args())
+    check(args, pairs)
+    device = init(args.seed)
+    name = os.path.basename((args.model or "randomwalks").rstrip("/"))
+    folder, checkpoint = open_run(args, f"dpo-{name}-{args.seed}", RESUMABLE)
+
+    # --- data and models
+    walks = random_walks(args.seed) if pairs is None and args.dataset in (None, "randomwalks") else None
+    path = args.model or f"{folder}/start"
+    if args.model is None and broadcast(not os.path.exists(path)):
+        say("fitting a small GPT-2 to 1000 random walks ...")
+        if dist.get_rank() == 0:
+            cloned_walker(walks, args.seed).save_pretrained(path + ".tmp")
+            walks_tokenizer().save_pretrained(path + ".tmp")
+            os.replace(path + ".tmp", path)
+        dist.barrier()
+    format_fn = load_function(args.format, "--format") if args.format else None
+    rows = load_pairs(walk_pairs(walks, args.seed) if walks else pairs, args.dataset, "--dataset", format_fn)
+    if args.eval_dataset or held_out_pairs is not None:
+        held_out = load_pairs(held_out_pairs, args.eval_dataset, "--eval-dataset", format_fn)
+    else:
+        order = torch.randperm(len(rows), generator=generator(args.seed, 4)).tolist()
+        count = min(len(rows) - 1, math.ceil(args.held_out * len(rows)), args.num_eval_rows)
+        rows, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
+    held_out = evenly(held_out, args.num_eval_rows)
+    tokenizer, lm = load_tokenizer(args.tokenizer or path), load_lm(path)
+    if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
+    if tokenizer.eos_token_id is None:
+        say("the tokenizer has no EOS, so that outputs are not taught to end")
+    config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
+    rules, longest = LogitRules(eos_ids=end_tokens(tokenizer, path)), window(args.max_length, config)
+    data, counts = make_pairs(rows, tokenizer, rules.eos_ids, seq2seq, longest, args.truncation_side)
+    evals, left = make_pairs(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args.truncation_side)
+    if not data:
+        raise UserError(f"--dataset {args.dataset or ''}: none of its {len(rows)} rows has two different outputs")
+    if not evals and (args.eval_dataset or held_out_pairs is not None):
+        raise UserError(f"--eval-dataset {args.eval_dataset or ''}: none of its {len(held_out)} rows has two different "
+                        "outputs")
+    equal, dropped = (counts[name] + left[name] for name in ("equal", "dropped"))
+    say(f"{len(data)} pairs to train on, {len(evals)} held out"
+        + (f"; {equal} have equal outputs and were left out" if equal else "")
+        + (f"; {dropped} have no room for an output and were left out" if dropped else "")
+        + (f"; {counts['cut']} to train on have more than {longest} tokens and were cut" if counts["cut"] else ""))
+    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    model, reference, lora, shared = load_models(lm, path, dtype, device, longest, args)
+    if args.pack and not shared:
+        say(f"packing: a {type(lm).__name__} does not keep outputs that share a line apart; each is padded instead")
+    try_out(model)
+    checksum = check_data([pair[:5] for pair in data + evals], "--format")
+    if args.precompute_reference:
+        data, evals = precomputed(model, [data, evals], shared, folder, checksum, args)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+
+    # --- evaluation
+    metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
+    own = walks.starts if walks else [prompt_of(row, 4) for row, _ in held_out or rows]
+    eval_rows, eval_ids = [], []
+    if args.num_eval_prompts:
+        eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", own, args.prompt_words)
+        eval_rows = evenly(eval_rows, args.num_eval_prompts)
+        free = prompt_room(args.max_length, args.max_new_tokens, config)
+        eval_ids, _ = encode_prompts(eval_rows, tokenizer, free, args.truncation_side, seq2seq)
+    kl = (lambda items, _: sample_kl(model, reference, items, args.micro_batch_size)) if reference else None
+
+    def evaluate() -> tuple[dict[str, float], list[dict]]:
+        metrics, outputs = {}, []
+        if evals:
+            with torch.no_grad():
+                found = batch_loss(model, reference, evals, shared, args)
+            metrics = {f"eval/pair_{name}" if name == "kl" else f"eval/{name}": value for name, value in found.items()}
+        if eval_ids:
+            found, outputs = evaluate_samples(
+                model, tokenizer, eval_ids, eval_rows, rules, metric_fn, kl, repeats=args.eval_samples,
+                max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
+                options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
+                stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
+            metrics = {**metrics, **found, **metrics}  # a metric_fn's `loss` is not the held-out one
+        return metrics, outputs
+
+    # --- loop
+    total = args.epochs * len(data)
+    planned = math.ceil(total / args.batch_size)
+    steps = min(planned, args.max_steps or planned)
+    state = {"step": 0, "samples": 0, "best": math.inf, "data": checksum}
+    if checkpoint:
+        state |= load_checkpoint(checkpoint, model, optimizer)
+        if state["data"] != checksum:
+            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
+    log = RunLog(folder, args, state["step"], steps, args.track, started)
+    shown, outputs = ("accuracy", "optimality", "score", "kl"), []
+    if not checkpoint:
+        state["before"], outputs = evaluate()
+        sizes = {"data/pairs": len(data), "data/held_out": len(evals), **{f"data/{n}": v for n, v in counts.items()}}
+        log.metrics(0, {"samples": 0, "epoch": 0.0, **sizes, **state["before"]}, tuple(f"eval/{n}" for n in shown))
+        log.samples(0, outputs)
+        if outputs:
+            say(table("before training", evenly(outputs, 5)))
+    for step in range(state["step"], steps):
+        begun = time.time()
+        places = range(state["samples"], min(state["samples"] + args.batch_size, total))
+        batch = [data[shuffled(place, len(data), args.seed)] for place in places]
+        found = batch_loss(model, reference, batch, shared, args)
+        if step == 0 and args.loss != "simpo":
+            check_start(found, args.beta, dtype)
+        rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
+                              {"pairs": [[list(part) for part in pair] for pair in batch]})
+        state["step"], state["samples"] = step + 1, state["samples"] + len(batch)
+        seconds = time.time() - begun
+        read = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in batch)
+        metrics = {"samples": state["samples"], "epoch": state["samples"] / len(data),
+                   **{f"train/{name}": value for name, value in found.items()},
+                   "optim/grad_norm": norm, "optim/learning_rate": rate, "perf/seconds": seconds,
+                   "perf/pairs_per_second": len(batch) / seconds, "perf/tokens_per_second": read / seconds}
+        if state["step"] % args.eval_every == 0 or state["step"] == steps:
+            state["after"], outputs = evaluate()
+            metrics |= state["after"]
+            log.samples(state["step"], outputs)
+            if metrics.get("eval/loss", math.inf) < state["best"]:
+                state["best"] = metrics["eval/loss"]
+                export(model, tokenizer, f"{folder}/checkpoints/best", lora)
+        log.metrics(state["step"], metrics, ("train/loss", "train/margin", *(f"eval/{name}" for name in shown)))
+        if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
+            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
+                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
+
+    log.close()
+    export(model, tokenizer, f"{folder}/model", lora)
+    if "after" in state and outputs:
+        say(table("after training", evenly(outputs, 5)))
+    after = state.get("after", state["before"])
+    before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
+    say("; ".join([*(f"{name[5:]} {before.get(name, '')}{value:.3f}" for name, value in after.items()),
+                   f"model in {folder}/model"]))
+    return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
+
+
+if __name__ == "__main__":
+    run(train, Args, preset)
