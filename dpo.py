@@ -150,6 +150,8 @@ class Args:
     """most tokens of prompt and output together, longer prompts being cut; none: the model's positions, at most 1024"""
     truncation_side: Literal["left", "right"] = "left"
     """the end of a long prompt that is cut off"""
+    train_eos: bool = True
+    """let EOS be the last token of each output; off for outputs that were cut off"""
     pack: bool = True
     """let pairs share lines, and the outputs of a pair their prompt, where a check at the start finds that exact, which
     changes speed only (--micro-batch-size then counts lines)"""
@@ -383,7 +385,7 @@ def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int
 
 
 def make_pairs(
-    rows: list[tuple[Row, Row]], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, side: str
+    rows: list[tuple[Row, Row]], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
 ) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of the rows, in at most `longest` tokens each; how many had equal outputs, no room for them, were
     cut."""
@@ -396,8 +398,11 @@ def make_pairs(
                 raise UserError(f"{row.where}: the chat template does not write chosen and rejected as one answer each "
                                 "to the same prompt; give pairs that differ in the last answer alone")
             whole = [chosen[0], rejected[0]]
+            if not args.train_eos:
+                whole = [Example(prompt, output[:-1], trained[:-1]) if output[-1] in ends else
+                         Example(prompt, output, trained) for prompt, output, trained in whole]
             ends_of_prompt = chat_ends(whole[0].prompt, tokenizer) if row.messages else (head, tail)
-            sides = fit_pair(whole, longest, side, *ends_of_prompt)
+            sides = fit_pair(whole, longest, args.truncation_side, *ends_of_prompt)
             if not all(any(example.trained) for example in sides):
                 counts["dropped"] += 1
             elif list(sides[0].output) == list(sides[1].output):
@@ -731,8 +736,8 @@ def train(
         say("the tokenizer has no EOS, so that outputs are not taught to end")
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     rules, longest = LogitRules(eos_ids=end_tokens(tokenizer, path)), window(args.max_length, config)
-    data, counts = make_pairs(rows, tokenizer, rules.eos_ids, seq2seq, longest, args.truncation_side)
-    evals, left = make_pairs(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args.truncation_side)
+    data, counts = make_pairs(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)
+    evals, left = make_pairs(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args)
     if not data:
         raise UserError(f"--dataset {args.dataset or ''}: none of its {len(rows)} rows has two different outputs")
     if not evals and (args.eval_dataset or held_out_pairs is not None):
