@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--out", default="benchmarks/frontier.png")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only", nargs="+", default=list(RUNS), help="train these runs alone, and draw nothing")
     args = parser.parse_args()
     folder = ROOT / args.folder

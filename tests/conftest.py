@@ -115,4 +115,5 @@ def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **
 def documented_metrics(script: str) -> set[str]:
     """The metrics in the README's table of `script`, under its heading "What SCRIPT logs"."""
     section = (ROOT / "README.md").read_text().split(f"## What {script} logs")[1].split("\n## ")[0]
-    return set(re.findall(r"^\| `([a-z_/0-9]+)`", section, re.M))
+    cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
+    return {name for cell in cells for name in re.findall(r"`([a-z_/0-9]+)`", cell)}
