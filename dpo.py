@@ -300,15 +300,15 @@ class Pair(NamedTuple):
     reference: Sequence[float] = ()  # the reference's log-probs of chosen and rejected, summed, if computed beforehand
 
 
-def walk_pairs(walks: RandomWalks, seed: int) -> list[dict]:
-    """Each walk beside another from the same start that is better or worse by the task's metric, the better one chosen;
-    a pair that comes twice stands once."""
+def walk_pairs(walks: RandomWalks, seed: int, partners: int = 4) -> list[dict]:
+    """Each walk beside a few others from the same start that are better or worse by the task's metric, the better one
+    chosen; a pair that comes twice stands once."""
     rng, pairs, optimality = np.random.default_rng(seed), {}, walks.reward(walks.walks)
     for walk, score in zip(walks.walks, optimality):
         others = [(other, value) for other, value in zip(walks.walks, optimality)
                   if other[0] == walk[0] and value != score]
-        if others:
-            other, value = others[rng.integers(len(others))]
+        for i in rng.permutation(len(others))[:partners]:
+            other, value = others[i]
             pairs[(walk, other) if score > value else (other, walk)] = None
     return [{"prompt": a[0], "chosen": a[1:], "rejected": b[1:]} for a, b in pairs]
 

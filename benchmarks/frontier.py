@@ -3,7 +3,7 @@
     D=../shared/data; OMP_NUM_THREADS=1 python benchmarks/frontier.py --model $D/models/imdb-gpt2-mini \\
         --reward $D/models/imdb-sentiment --prompts $D/imdb/train.jsonl.gz --eval-prompts $D/imdb/test.jsonl.gz
 
-Samples four outputs for each of 512 beginnings of reviews, ranks them by a sentiment classifier, whose score is the
+Samples four outputs for each of 256 beginnings of reviews, ranks them by a sentiment classifier, whose score is the
 true reward here, and makes of each four the six pairs. Trains dpo.py on them at several betas, with IPO too, and ppo.py
 on the score itself at several KL coefficients. Draws each run's way through KL and score, measured on samples, and
 prints where each run ended, measured anew for all alike on the same held-out prompts. Needs
@@ -33,9 +33,9 @@ from common.generation import noise, sample_texts  # noqa: E402
 from common.models import LanguageModel, LogitRules, end_tokens, load_classifier, load_lm, load_tokenizer  # noqa: E402
 
 TOKENS, WORDS = 40, 4
-RUNS = {**{f"dpo-{beta:g}": ["dpo.py", "--beta", f"{beta:g}"] for beta in (0.05, 0.1, 0.3, 1.0)},
-        **{f"ipo-{beta:g}": ["dpo.py", "--loss", "ipo", "--beta", f"{beta:g}"] for beta in (1.0, 3.0, 10.0)},
-        **{f"ppo-{coef:g}": ["ppo.py", "--kl-coef", f"{coef:g}"] for coef in (0.03, 0.1)}}
+RUNS = {**{f"dpo-{beta:g}": ["dpo.py", "--beta", f"{beta:g}"] for beta in (0.05, 0.2, 1.0)},
+        **{f"ipo-{beta:g}": ["dpo.py", "--loss", "ipo", "--beta", f"{beta:g}"] for beta in (3.0, 10.0)},
+        **{f"ppo-{coef:g}": ["ppo.py", "--kl-coef", f"{coef:g}"] for coef in (0.02, 0.1)}}
 
 
 class Sampler:
@@ -86,11 +86,11 @@ def run(name: str, args, folder: Path) -> None:
                           "--max-new-tokens", str(TOKENS), "--warmup-steps", "5", "--num-eval-prompts", "128"]
     if words[0] == "dpo.py":
         words += ["--dataset", str(folder / "pairs.jsonl"), "--metric", args.reward, "--no-train-eos", "--max-length",
-                  "64", "--batch-size", "64", "--micro-batch-size", "16", "--learning-rate", "1e-4",
+                  "64", "--batch-size", "32", "--micro-batch-size", "16", "--learning-rate", "1e-4",
                   "--eval-every", "8"]
     else:
-        words += ["--reward", args.reward, "--prompts", args.prompts, "--total-episodes", "5120",
-                  "--rollout-batch-size", "256", "--batch-size", "64", "--micro-batch-size", "32",
+        words += ["--reward", args.reward, "--prompts", args.prompts, "--total-episodes", "2560",
+                  "--rollout-batch-size", "128", "--batch-size", "64", "--micro-batch-size", "32",
                   "--learning-rate", "1e-4", "--eval-every", "20"]
     with open(folder / f"{name}.log", "w") as log:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -145,7 +145,7 @@ def main():
     sampler = Sampler(args.model, args.reward)
     start = sampler.load(args.model)
     if not (folder / "pairs.jsonl").exists():
-        make_pairs(sampler, start, sampler.prompts(args.prompts, 512), folder / "pairs.jsonl")
+        make_pairs(sampler, start, sampler.prompts(args.prompts, 256), folder / "pairs.jsonl")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda name: run(name, args, folder), args.only))
     if set(args.only) != set(RUNS):
