@@ -90,7 +90,7 @@ def run(name: str, args, folder: Path) -> None:
                   "--eval-every", "8"]
     else:
         words += ["--reward", args.reward, "--prompts", args.prompts, "--total-episodes", "2560",
-                  "--rollout-batch-size", "128", "--batch-size", "64", "--micro-batch-size", "32",
+                  "--rollout-batch-size", "256", "--batch-size", "64", "--micro-batch-size", "32",
                   "--learning-rate", "1e-4", "--eval-every", "20"]
     with open(folder / f"{name}.log", "w") as log:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
