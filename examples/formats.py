@@ -1,7 +1,8 @@
-"""Functions for `--format examples/formats.py:NAME`: from a row of a data set to a row that sft.py or ilql.py knows.
+"""Functions for `--format examples/formats.py:NAME`: from a row of a data set to a row that the scripts know.
 
 Each gets a row as a dict and returns a text, a list of turns, a list of messages, or a dict with columns text, prompt
-and completion, messages or turns; or None, which leaves the row out. Other columns go on to the metric function.
+and completion, messages or turns, for dpo.py chosen and rejected; or None, which leaves the row out. Other columns go
+on to the metric function.
 """
 
 
@@ -36,3 +37,8 @@ def labelled(row: dict) -> dict:
 def game(row: dict) -> dict:
     """The turns of a game as one text, so that a model from scratch learns to read what it will have to answer."""
     return {"text": "".join(row["turns"])}
+
+
+def preferred_summary(row: dict) -> dict:
+    """Article and two summaries, with the prefix that T5 was trained with, for dpo.py."""
+    return {**row, "prompt": "summarize: " + row["prompt"]}
