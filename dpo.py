@@ -64,6 +64,7 @@ from common.data import (
     short,
     shuffled,
     special_tokens,
+    start_token,
     window,
 )
 from common.distributed import (
@@ -481,8 +482,8 @@ def robust_loss(
     chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """Robust DPO (arXiv 2403.00409, Eq. 13): unbiased for the loss on true choices, when a share `label_smoothing` of
-    those seen is the wrong way round. It can be below 0."""
+    """Robust DPO (arXiv 2403.00409, section 3): unbiased for the loss on true choices, when a share `label_smoothing`
+    of those seen is the wrong way round. It can be below 0."""
     margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
     right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -499,7 +500,7 @@ def ipo_loss(
 def hinge_loss(
     chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """max(0, 1 - (r(chosen) - r(rejected))): SLiC's hinge (arXiv 2305.10425) on DPO's rewards (2309.06657, Eq. 10)."""
+    """max(0, 1 - (r(chosen) - r(rejected))): SLiC's hinge (arXiv 2305.10425) on DPO's rewards, as in RSO (2309.06657)."""
     margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
     return torch.relu(1 - margin)
 
@@ -762,8 +763,10 @@ def train(
     # --- evaluation
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
     own = walks.starts if walks else [prompt_of(row, 4) for row, _ in held_out or rows]
+    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
+    own = [row for row in own if walks or row["prompt"] not in empty]
     eval_rows, eval_ids = [], []
-    if args.num_eval_prompts:
+    if args.num_eval_prompts and (own or args.eval_prompts or eval_prompts is not None):
         eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", own, args.prompt_words)
         eval_rows = evenly(eval_rows, args.num_eval_prompts)
         free = prompt_room(args.max_length, args.max_new_tokens, config)

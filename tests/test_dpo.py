@@ -145,10 +145,10 @@ def with_specials(template: str):
     return tokenizer
 
 
-def made(rows, tokenizer=None, seq2seq=False, longest=200, side="left", ends=(EOS,)):
+def made(rows, tokenizer=None, seq2seq=False, longest=200, side="left", ends=(EOS,), **flags):
     """`make_pairs` of what a user gives: pairs and counts."""
-    rows = dpo.load_pairs(rows, None, "--dataset", None)
-    return dpo.make_pairs(rows, tokenizer or chat_tokenizer(), ends, seq2seq, longest, side)
+    rows, args = dpo.load_pairs(rows, None, "--dataset", None), dpo.Args(truncation_side=side, **flags)
+    return dpo.make_pairs(rows, tokenizer or chat_tokenizer(), ends, seq2seq, longest, args)
 
 
 def made_texts(rows, *arguments, **options) -> list[tuple[str, str, str]]:
@@ -161,7 +161,8 @@ LOSSES = [dict(loss="sigmoid"), dict(loss="sigmoid", label_smoothing=0.2), dict(
           dict(loss="robust", label_smoothing=0.3), dict(loss="ipo", beta=0.3), dict(loss="hinge"),
           dict(loss="simpo", beta=2.5, simpo_gamma=1.4), dict(loss="simpo", simpo_gamma=0.0)]
 VALUES = [(-3.0, -4.0, -3.5, -3.75), (-9.0, -2.0, -3.0, -4.0), (-1.0, -1.0, -1.0, -1.0), (-5.0, -6.0, -6.0, -7.0),
-          (-2.0, -900.0, -800.0, -3.0), (-900.0, -2.0, -3.0, -800.0), (-1e5, -1.0, -1.0, -1e5), (-1.0, -1e5, -1e5, -1.0)]
+          (-2.0, -900.0, -800.0, -3.0), (-900.0, -2.0, -3.0, -800.0), (-1e5, -1.0, -1.0, -1e5),
+          (-1.0, -1e5, -1e5, -1.0)]
 
 
 def float64(rows, gradient=False) -> torch.Tensor:
@@ -286,11 +287,6 @@ MIXED = [("ab", "cd$", "ef$"), ("a", "x$", "longer output$"), ("why not ", "no, 
          ("why not ", "b$", "because$"), ("zz", "(a)b$", "b(b)b$")]
 PAIRS = [pair(*line) for line in MIXED]
 SHARING = ["gpt2", "gpt_neox", "opt", "llama", "mixtral", "qwen3"]
-
-
-def branches(lines: list[list[tuple]]) -> dict[str, torch.Tensor]:
-    return collate_branches([[(list(p), [list(o) for o in outs], flags) for p, outs, flags in line] for line in lines],
-                            CPU)
 
 
 def test_lines_against_nested_loops():
@@ -445,8 +441,7 @@ def test_windows_of_attention_shorter_than_rows_are_not_shared(setting):
         assert shares_exactly(LanguageModel(lm), 20) == answer
 
 
-@pytest.mark.parametrize("share", [1.0, 1e-3])
-@pytest.mark.parametrize("wrong", ["mask", "positions"])
+@pytest.mark.parametrize("wrong,share", [("mask", 1.0), ("mask", 1e-3), ("positions", 1.0)])
 @pytest.mark.parametrize("architecture", SHARING)
 def test_outputs_that_see_each_other_are_found_out(architecture, wrong, share, monkeypatch):
     """Or a little of it, or have positions that go on, in a model that has just been initialised."""
@@ -498,10 +493,11 @@ def test_micro_batches_hold_each_pair_once_and_lines_several():
         longest = max(len(p.prompt) + len(p.chosen) + len(p.rejected) + 1 for p in PAIRS)
         lines = sum(len(batch["ids"]) for _, _, batch, _ in batches)
         if shared:
-            assert max(widths) == longest and lines < len(PAIRS) / 2 and len(batches) == math.ceil(lines / size)
-        elif not seq2seq:
+            assert max(widths) == longest and lines == 5 and len(batches) == math.ceil(lines / size)
+        else:
             assert lines == 2 * len(PAIRS) and len(batches) == math.ceil(len(PAIRS) / size)
-            assert size != 1 or widths != sorted(widths, reverse=True) and sum(widths[:4]) < sum(widths[-4:]), "sorted"
+            order = [sum(map(len, PAIRS[number][:3])) for numbers, *_ in batches for number in numbers]
+            assert order == sorted(order), "like lengths share a micro-batch"
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -604,7 +600,7 @@ def test_a_step_of_a_run_is_a_step_of_adamw_on_the_brute_force_loss(architecture
     lm, ref = plain(model_path(architecture)), plain(model_path(architecture))
     expected, slopes = brute_force(lm, ref, made(ROWS, seq2seq=lm.config.is_encoder_decoder)[0])
     start, row = rows_of(tmp_path / "run")
-    expected["accuracy"] = pytest.approx(0.5, abs=0.5)  # of ties, but for rounding
+    assert 0 <= row.pop("train/accuracy") <= 1 and expected.pop("accuracy") == 0.5  # of ties, but for rounding
     assert group(row, "train/") == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert not any(name.startswith("eval/") for name in start | row)
     norm = torch.stack([gradient.norm() for gradient in slopes.values()]).norm()
@@ -789,6 +785,7 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(model_path, tmp_path, 
     assert len(rows_of(tmp_path / "run")) == 1
 
 
+# shows a bug: max(0.0, nan) is 0.0
 def test_how_far_policy_and_reference_may_be_apart():
     for name in ("chosen_reward", "rejected_reward"):
         for value, beta, dtype, wrong in ((0.0009, 0.1, torch.float32, False), (0.0011, 0.1, torch.float32, True),
@@ -799,6 +796,7 @@ def test_how_far_policy_and_reference_may_be_apart():
                 dpo.check_start(metrics, beta, dtype)
 
 
+# shows a bug: check_start reads means over pairs
 def test_gaps_of_several_pairs_do_not_cancel(model_path, tmp_path, monkeypatch):
     """Log-probs of the reference that have come to the wrong pairs have the right mean."""
     with_reference = dpo.with_reference
@@ -830,7 +828,7 @@ def test_kl_of_samples_is_that_of_plain_transformers(architecture):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kl_of_the_samples_of_a_run(kind, model_path, tmp_path):
-    """At the end, of the outputs that samples.jsonl has, each before the token that ended it or whole."""
+    """At the end, of the outputs that samples.jsonl has."""
     folder = run(tmp_path, model_path("gpt2"), num_eval_prompts=4, eval_samples=2, learning_rate=1e-2, **KINDS[kind])
     rows = rows_of(folder)
     assert abs(rows[0]["eval/kl"]) < 1e-5 and rows[-1]["eval/kl"] > 0.01
@@ -839,9 +837,8 @@ def test_kl_of_the_samples_of_a_run(kind, model_path, tmp_path):
     assert sum(sample["kl"] for sample in samples) / len(samples) == pytest.approx(rows[-1]["eval/kl"])
     lms = plain(folder / "model"), plain(model_path("gpt2"))
     for sample in samples:
-        output = sample["output"] + "$" * (sample["length"] - len(sample["output"]))
-        if sample["length"] - len(sample["output"]) <= 1:  # else pads or BOS were sampled
-            line = [pair(sample["prompt"], output, output)]
+        if sample["length"] == len(sample["output"]):  # else there are special tokens in it
+            line = [pair(sample["prompt"], sample["output"], "$")]
             with torch.no_grad():
                 kl = brute_sums(lms[0], line) - brute_sums(lms[1], line)
             assert sample["kl"] == pytest.approx(kl[0, 0].item(), rel=1e-3, abs=1e-3)
@@ -953,6 +950,7 @@ def test_numbers_computed_before_are_read_if_they_are_of_this_data(tmp_path, mon
         model, [PAIRS, []], True, str(tmp_path), 9, args)]
 
 
+# shows a bug: the checksum does not know where the held-out pairs begin
 def test_numbers_computed_before_are_not_those_of_another_split(model_path, tmp_path):
     """The same rows in the same order, one more of them held out; the first try stopped at a mistake after them."""
     flags = dict(model=model_path("gpt2"), precompute_reference=True, num_eval_prompts=2, learning_rate=1e-9)
@@ -964,6 +962,7 @@ def test_numbers_computed_before_are_not_those_of_another_split(model_path, tmp_
     assert start["eval/pair_kl"] == pytest.approx(0, abs=1e-4) and last["samples"] == 6
 
 
+# shows a bug: the checksum does not know the model
 def test_numbers_computed_before_are_not_those_of_another_model(model_path, tmp_path):
     """The first try, in the same folder, stopped at a mistake after they were computed."""
     tiny_lm("gpt2", seed=1).save_pretrained(tmp_path / "other")
@@ -988,29 +987,31 @@ RANKED = {
     "lora": ("gpt2", ROWS, dict(batch_size=5, lora_rank=2)),
     "top": ("gpt2", ROWS, dict(batch_size=3, num_layers_unfrozen=1, save_every=1)),
 }
-RANKED_FLAGS = dict(RUN, max_steps=3, held_out=0.3, num_eval_prompts=3, beta=0.3)
-WORKER = f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport test_dpo\ntest_dpo.work(*sys.argv[1:])\n"
+RANKED_FLAGS = dict(RUN, max_steps=3, eval_every=2, held_out=0.3, num_eval_prompts=3, beta=0.3)
+WORKER = (f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport test_dpo\n"
+          "test_dpo.work(*sys.argv[1:])\n")
 
 
 def work(folder: str, models: str) -> None:
-    """Run on each of several ranks: all of RANKED."""
+    """Run on each of several ranks: those of RANKED that have a model."""
     torch.set_num_threads(1)
     init(0)
-    for name, (architecture, rows, flags) in RANKED.items():
-        dpo.train(dpo.Args(model=json.loads(models)[architecture], output_dir=f"{folder}/{name}",
-                           **{**RANKED_FLAGS, **flags}), rows)
+    for name, model in json.loads(models).items():
+        _, rows, flags = RANKED[name]
+        dpo.train(dpo.Args(model=model, output_dir=f"{folder}/{name}", **{**RANKED_FLAGS, **flags}), rows)
     torch.distributed.barrier()
     os._exit(0)  # as common.cli.run does
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_have_the_numbers_of_one(ranks, model_path, tmp_path):
+@pytest.mark.parametrize("ranks,names", [(2, [*RANKED]), (3, ["gpt2", "t5 alone", "precomputed"])])
+def test_several_ranks_have_the_numbers_of_one(ranks, names, model_path, tmp_path):
     """Batches that do not divide, fewer lines than ranks, held-out pairs that do not divide; sampled texts too."""
     (tmp_path / "worker.py").write_text(WORKER)
-    models = {architecture: model_path(architecture) for architecture, _, _ in RANKED.values()}
+    models = {name: model_path(RANKED[name][0]) for name in names}
     done = run_script(str(tmp_path / "worker.py"), str(tmp_path / "several"), json.dumps(models), processes=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, (architecture, rows, flags) in RANKED.items():
+    for name in names:
+        architecture, rows, flags = RANKED[name]
         one = run(tmp_path, model_path(architecture), rows, f"one/{name}", **{**RANKED_FLAGS, **flags})
         for row, other in zip(rows_of(one), rows_of(tmp_path / "several" / name), strict=True):
             for metric, value in numbers(row).items():
@@ -1098,6 +1099,18 @@ def test_every_form_of_pair(row, lines):
     assert all(side.columns == {name: value for name, value in row.items() if value is not None} for side in sides)
 
 
+def test_an_end_token_need_not_be_trained():
+    """With --no-train-eos it goes from the end of each output, and from nowhere else."""
+    for row, lines in FORMS:
+        if lines:
+            expected = (lines[0], *(output.removesuffix("$") for output in lines[1:]))
+            assert made_texts([row], chat_tokenizer(), train_eos=False) == [expected]
+    pairs, counts = made([{**GOOD, "chosen": "<eos>"}, GOOD, {"prompt": "ab", "chosen": "c", "rejected": "defgh"}],
+                         train_eos=False, longest=6)
+    assert [texts(found) for found in pairs] == [("a", "b", "c"), ("ab", "c", "defg")]
+    assert counts == {"equal": 0, "dropped": 1, "cut": 1}
+
+
 def test_columns_of_rows_of_messages_may_have_any_name():
     """What dpo.py does not read of a row is the metric function's."""
     for name, value in (("messages", says("x", "y")), ("text", "x"), ("turns", 3), ("completion", "x"), ("said", 1)):
@@ -1111,8 +1124,8 @@ BAD = [
     ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen is empty"),
     ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
     ({"prompt": says("a"), "chosen": [], "rejected": says("b", first="assistant")}, "chosen is empty"),
-    ({"chosen": [], "rejected": says("a", "b")}, "chosen is empty"),
-    ({"prompt": "a", "chosen": says("a", "b"), "rejected": []}, "rejected is empty"),
+    ({"chosen": [], "rejected": says("a", "b")}, "chosen is empty"),  # shows a bug: "begin with different messages"
+    ({"prompt": "a", "chosen": says("a", "b"), "rejected": []}, "rejected is empty"),  # likewise
     ({"chosen": says("a"), "rejected": says("a", "b")}, "chosen is empty"),
     ({"chosen": says("a", "b"), "rejected": says("a", "")}, "rejected is empty"),
     ({"prompt": says("a"), "chosen": "", "rejected": "c"}, "chosen is empty"),
@@ -1128,7 +1141,8 @@ BAD = [
     ({"chosen": "b", "rejected": says("a", "b")}, "chosen and rejected must both be texts, or both lists of messages"),
     ({"chosen": says("a", "b"), "rejected": says("c", "b")},
      "chosen and rejected begin with different messages, and there is no prompt"),
-    ("a text", "must be an object with columns, not str 'a text'"), (None, "must be an object with columns, not None"),
+    ("a text", "must be an object with columns, not str 'a text'"),
+    (None, "must be an object with columns, not None"),  # shows a bug: it is left out in silence, as --format may
     (["a", "b"], "must be an object with columns, not list"),
 ]
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -1304,6 +1318,7 @@ def test_no_output_is_cut_away_and_no_pair_is_too_long():
             assert counts["cut"] == over
 
 
+# shows a bug: `fit` of the longer output alone says how much of the prompt stays
 def test_a_later_turn_has_no_say_in_how_much_of_the_other_output_stays():
     """The longer output trains its first token and its last ones, and has no room for those."""
     sides = [Example([3] * 10, [4] * 8, [1] * 8), Example([3] * 10, [5] * 12, [1] + [0] * 9 + [1] * 2)]
@@ -1321,9 +1336,14 @@ def test_walks_are_paired_with_worse_ones_from_the_same_start():
         assert walks.reward([better])[0] > walks.reward([worse])[0]
     assert len(sides) == len(set(sides)) and len(sides) > len(known) / 2
     assert dpo.walk_pairs(walks, 3) == found != dpo.walk_pairs(walks, 4)
-    reached = {walk for side in sides for walk in side}
-    for walk in known - reached:  # each has a part unless all from there are as good
-        assert len({*walks.reward([other for other in known if other[0] == walk[0]])}) == 1
+    few, every = dpo.walk_pairs(walks, 3, partners=1), dpo.walk_pairs(walks, 3, partners=1000)
+    assert 0 < len(few) <= len(walks.walks) and len(few) < len(found) < len(every)
+    score = {walk: walks.reward([walk])[0] for walk in known}
+    assert {(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) for row in every} == {
+        (a, b) for a in known for b in known if a[0] == b[0] and score[a] > score[b]}
+    reached, possible = ({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")}
+                         for rows in (few, every))
+    assert reached == possible, "each has a part"
 
 
 def test_what_was_left_out_is_said_and_logged(model_path, tmp_path, capsys):
@@ -1485,7 +1505,11 @@ def test_the_command_alone(walked):
 
 
 def test_what_is_logged_is_what_the_readme_says(walked):
-    assert set().union(*rows_of(walked[0])) == documented_metrics("dpo.py") - {"eval/score"}
+    section = (ROOT / "README.md").read_text().split("## What dpo.py logs")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*`) \|", section, re.M)  # some lines have two metrics
+    names = set(re.findall(r"`([a-z_/0-9]+)`", " ".join(cells)))
+    assert documented_metrics("dpo.py") < names
+    assert set().union(*rows_of(walked[0])) == names - {"eval/score"}
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(model_path, tmp_path):
