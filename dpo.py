@@ -500,7 +500,7 @@ def ipo_loss(
 def hinge_loss(
     chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """max(0, 1 - (r(chosen) - r(rejected))): SLiC's hinge (arXiv 2305.10425) on DPO's rewards, as in RSO (2309.06657)."""
+    """max(0, 1 - (r(chosen) - r(rejected))): SLiC's hinge (arXiv 2305.10425) on DPO's rewards (RSO, 2309.06657)."""
     margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
     return torch.relu(1 - margin)
 

@@ -42,3 +42,8 @@ def game(row: dict) -> dict:
 def preferred_summary(row: dict) -> dict:
     """Article and two summaries, with the prefix that T5 was trained with, for dpo.py."""
     return {**row, "prompt": "summarize: " + row["prompt"]}
+
+
+def preferred(row: dict) -> dict:
+    """The chosen output of a pair, for sft.py, which dpo.py then goes on from."""
+    return {"prompt": row["prompt"], "completion": row["chosen"]}
