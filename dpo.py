@@ -53,6 +53,7 @@ from common.cli import UserError, check_bounds, check_sampling, run
 from common.data import (
     chat_ends,
     check_data,
+    cut_prompt,
     encode_prompts,
     evenly,
     is_chat,
@@ -101,7 +102,7 @@ from common.models import (
 )
 from common.randomwalks import RandomWalks, cloned_walker, random_walks
 from common.randomwalks import tokenizer as walks_tokenizer
-from common.samples import Example, Row, encode, fit, prompt_of, sample_row
+from common.samples import Example, Row, encode, prompt_of, sample_row
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -336,6 +337,8 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
             raise UserError(f"{where}: has no {name}, only {found}; --format can map rows")
         if not isinstance(columns[name], str) and columns[name] != [] and not is_chat(columns[name]):
             raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
+        if not columns[name]:
+            raise UserError(f"{where}: {name} is empty")
     prompt, sides = columns.get("prompt"), [columns["chosen"], columns["rejected"]]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
@@ -371,7 +374,7 @@ def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Calla
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
-        if row is not None:
+        if row is not None or not format_fn:
             rows.append(pair_rows(row, f"{where}, row {number}"))
     if not rows:
         raise UserError(f"{where}: " + ("--format left out every row" if format_fn else "holds no rows"))
@@ -379,8 +382,12 @@ def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Calla
 
 
 def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int) -> list[Example]:
-    """Both examples in at most `longest` tokens, behind one prompt: see `fit`, which the longer output decides by."""
-    prompt = fit(max(sides, key=lambda example: len(example.output)), longest, side, head, tail).prompt
+    """Both examples in at most `longest` tokens, behind one prompt: it is cut on `side` as far as the longer output
+    needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones.
+    """
+    prompt, most = sides[0].prompt, max(len(example.output) for example in sides)
+    room = longest - min(most, longest - min(len(prompt), longest // 2))
+    prompt = cut_prompt(prompt, room, side, head, tail) if len(prompt) > room else prompt
     room = max(0, longest - len(prompt))
     return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]
 
@@ -534,9 +541,10 @@ def pair_loss(
     parts = {"loss": preference + args.sft_coef * sft, "preference_loss": preference, "sft_loss": sft,
              "accuracy": (margin > 0) + 0.5 * (margin == 0), "margin": margin,
              "chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1],
-             "chosen_logprob": sums[:, 0], "rejected_logprob": sums[:, 1], "kl": (ref_sums - sums).mean(1)}
+             "chosen_logprob": sums[:, 0], "rejected_logprob": sums[:, 1], "kl": (ref_sums - sums).mean(1),
+             "gap": (ref_sums - sums).abs().mean(1)}
     if args.loss == "simpo":
-        del parts["kl"]
+        del parts["kl"], parts["gap"]
     return (parts["loss"] * weight).sum(), {name: (part.detach() * weight).sum() for name, part in parts.items()}
 
 
@@ -627,14 +635,14 @@ def with_reference(
 
 
 def precomputed(
-    model: LanguageModel, sets: list[list[Pair]], shared: bool, folder: str, data: int, args: Args
+    model: LanguageModel, sets: list[list[Pair]], shared: bool, folder: str, data: list[int], args: Args
 ) -> list[list[Pair]]:
-    """The sets of pairs with the reference's log-probs, from the run directory if it has those of this data (a
-    checksum), else computed and written there. To be called before the model has changed."""
+    """The sets of pairs with the reference's log-probs, from the run directory if it has those of this data
+    (checksums), else computed and written there. To be called before the model has changed."""
     path, known = f"{folder}/reference.safetensors", None
     if dist.get_rank() == 0 and os.path.exists(path):
         found = load_file(path)
-        known = [found["train"].tolist(), found["held_out"].tolist()] if int(found["data"]) == data else None
+        known = [found["train"].tolist(), found["held_out"].tolist()] if found["data"].tolist() == data else None
     if known := broadcast(known):
         return [[pair._replace(reference=array("f", both)) for pair, both in zip(pairs, table)]
                 for pairs, table in zip(sets, known)]
@@ -679,9 +687,8 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
     return lambda samples, **_: {"score": classify(samples)}
 
 
-def check_start(metrics: dict[str, float], beta: float, dtype: torch.dtype) -> None:
+def check_start(gap: float, dtype: torch.dtype) -> None:
     """Stop before the first update if policy and reference, which are the same model, differ by more than rounding."""
-    gap = max(abs(metrics["chosen_reward"]), abs(metrics["rejected_reward"])) / beta
     if not gap < (1e-2 if dtype == torch.float32 else 3.0):
         raise UserError(f"before the first update policy and reference differ by {gap:.4f} nats an output: this "
                         "architecture is not handled rightly here")
@@ -754,9 +761,12 @@ def train(
     if args.pack and not shared:
         say(f"packing: a {type(lm).__name__} does not keep outputs that share a line apart; each is padded instead")
     try_out(model)
-    checksum = check_data([pair[:5] for pair in data + evals], "--format")
+    checksums = [check_data([pair[:5] for pair in pairs], "--format") for pairs in (data, evals)]
     if args.precompute_reference:
-        data, evals = precomputed(model, [data, evals], shared, folder, checksum, args)
+        if not checkpoint and dist.get_rank() == 0:  # those of a run that never began
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{folder}/reference.safetensors")
+        data, evals = precomputed(model, [data, evals], shared, folder, checksums, args)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
 
@@ -792,10 +802,10 @@ def train(
     total = args.epochs * len(data)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "best": math.inf, "data": checksum}
+    state = {"step": 0, "samples": 0, "best": math.inf, "data": checksums}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != checksum:
+        if state["data"] != checksums:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
     log = RunLog(folder, args, state["step"], steps, args.track, started)
     shown, outputs = ("accuracy", "optimality", "score", "kl"), []
@@ -812,7 +822,7 @@ def train(
         batch = [data[shuffled(place, len(data), args.seed)] for place in places]
         found = batch_loss(model, reference, batch, shared, args)
         if step == 0 and args.loss != "simpo":
-            check_start(found, args.beta, dtype)
+            check_start(found["gap"], dtype)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
         norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
                               {"pairs": [[list(part) for part in pair] for pair in batch]})

@@ -51,7 +51,7 @@ def load_samples(given: list | None, path: str | None, flag: str, format_fn: Cal
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
-        if row is not None:
+        if row is not None or not format_fn:
             rows.append(sample_row(row, f"{where}, row {number}"))
     if not rows:
         raise UserError(f"{where}: --format left out every row")
