@@ -19,8 +19,9 @@ Differences from the papers, and from other code where it differs from them:
 5. The prompt is cut first, to half of the window at most, then the ends of the outputs: none is ever cut away whole.
    Pairs of equal outputs are left out and counted.
 6. No dropout. AdamW; the paper has RMSprop. EOS is an action, the last.
-7. Random walks, the default task: two walks from one start, the one nearer to a shortest path chosen; the start of the
-   training is a small GPT-2 fitted to the walks.
+7. Random walks, the default task: of two walks from one start the one nearer to a shortest path is chosen; training
+   starts from a small GPT-2 fitted to the walks. With --sft-coef 1, without which the policy leaves the graph: pairs say
+   what not to do, and nothing of what neither output does (benchmarks/NOTES.md).
 
 One step is one optimizer step on `--batch-size` pairs, over all processes: the same flags give the same optimisation on
 any number of them.
@@ -242,8 +243,8 @@ class Args:
 
 
 RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
-    max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=10, batch_size=64, micro_batch_size=64,
-    learning_rate=3e-4, warmup_steps=10, held_out=0.1)
+    max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
+    learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0)
 RESUMABLE = ("save_every", "keep_checkpoints", "max_steps", "output_dir", "resume", "track", "config")
 
 
