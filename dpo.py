@@ -20,8 +20,8 @@ Differences from the papers, and from other code where it differs from them:
    Pairs of equal outputs are left out and counted.
 6. No dropout. AdamW; the paper has RMSprop. EOS is an action, the last.
 7. Random walks, the default task: of two walks from one start the one nearer to a shortest path is chosen; training
-   starts from a small GPT-2 fitted to the walks. With --sft-coef 1, without which the policy leaves the graph: pairs say
-   what not to do, and nothing of what neither output does (benchmarks/NOTES.md).
+   starts from a small GPT-2 fitted to the walks. With --sft-coef 1, or the policy leaves the graph: pairs say what not
+   to do, and nothing of what neither output does (benchmarks/NOTES.md).
 
 One step is one optimizer step on `--batch-size` pairs, over all processes: the same flags give the same optimisation on
 any number of them.
