@@ -353,7 +353,8 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
             shared -= 1
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
         if not prompt:
-            raise UserError(f"{where}: chosen and rejected begin with different messages, and there is no prompt")
+            lacks = "there is no prompt" if columns.get("prompt") is None else "the prompt is no list of messages"
+            raise UserError(f"{where}: chosen and rejected begin with different messages, and {lacks}")
     made = []
     for name, side in zip(("chosen", "rejected"), sides):
         if not (side if isinstance(side, str) else any(m["role"] == "assistant" and m["content"] for m in side)):
@@ -366,12 +367,12 @@ def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Calla
     """The pairs of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row
     for what is no pair."""
     where = flag if given is not None else f"{flag} {path}"
-    if isinstance(given, (str, dict)) or (given is not None and not hasattr(given, "__iter__")):
+    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not hasattr(given, "__iter__")):
         raise UserError(f"{where}: is not a list of rows")
     rows = []
     for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
         try:
-            row = format_fn(dict(row)) if format_fn else row
+            row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
@@ -537,7 +538,7 @@ def pair_loss(
     means = args.logprobs == "mean" or (args.logprobs == "auto" and args.loss in ("ipo", "simpo"))
     policy, reference = (sums / lengths, ref_sums / lengths) if means else (sums, ref_sums)
     preference, sft = preference_loss(policy, reference, args), -sums[:, 0] / lengths[:, 0]
-    rewards = implicit_reward(policy, reference, args.beta).detach()
+    rewards = implicit_reward(policy, reference, args.beta)
     margin = rewards[:, 0] - rewards[:, 1]
     parts = {"loss": preference + args.sft_coef * sft, "preference_loss": preference, "sft_loss": sft,
              "accuracy": (margin > 0) + 0.5 * (margin == 0), "margin": margin,
@@ -626,11 +627,10 @@ def with_reference(
 ) -> list[Pair]:
     """The pairs with their outputs' log-probs by the model as it is."""
     found = []
-    for numbers, weight, batch, owner in micro_batches(pairs, shared, micro_batch_size, model.start_id, model.device):
+    for numbers, _, batch, owner in micro_batches(pairs, shared, micro_batch_size, model.start_id, model.device):
         logprobs = model(**batch, with_entropy=False)["logprobs"]
-        sums = output_logprobs(logprobs, owner, 2 * len(numbers)).view(-1, 2).tolist()
-        found += [(number, both) for number, both, real in zip(numbers, sums, weight.tolist()) if real]
-    # the ranks have different numbers of pairs
+        found += zip(numbers, output_logprobs(logprobs, owner, 2 * len(numbers)).view(-1, 2).tolist())
+    # the ranks have different numbers of pairs, the first line's perhaps on several
     every = dict(sum(gather_rows([found], dist.get_world_size()), []))
     return [pair._replace(reference=array("f", every[number])) for number, pair in enumerate(pairs)]
 
