@@ -187,7 +187,8 @@ class Args:
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo"] = "sigmoid"
     """sigmoid: DPO, or cDPO with --label-smoothing; simpo has no reference"""
     beta: float = 0.1
-    """weight of the KL penalty in the implicit reward: with less the policy goes farther; simpo wants 2 or more"""
+    """weight of the KL penalty in the implicit reward: with less the policy goes farther; by default 1 for ipo and 2
+    for simpo, whose log-probs are means"""
     label_smoothing: float = 0.0
     """share of the choices taken to be wrong, below 0.5, for sigmoid (cDPO) and robust"""
     simpo_gamma: float = 1.0
@@ -244,14 +245,15 @@ class Args:
 
 RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
-    learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0)
+    learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0, held_out=0.15)
 RESUMABLE = ("save_every", "keep_checkpoints", "max_steps", "output_dir", "resume", "track", "config")
 
 
 def preset(args: Args) -> dict:
     """The defaults of the task that the flags choose."""
     alone = args.dataset is None and args.model is None
-    return RANDOM_WALKS if alone or args.dataset == "randomwalks" else {}
+    task = RANDOM_WALKS if alone or args.dataset == "randomwalks" else {}
+    return {**task, **{"ipo": {"beta": 1.0}, "simpo": {"beta": 2.0}}.get(args.loss, {})}
 
 
 def arguments(**flags) -> Args:
@@ -303,28 +305,56 @@ class Pair(NamedTuple):
     reference: Sequence[float] = ()  # the reference's log-probs of chosen and rejected, summed, if computed beforehand
 
 
-def walk_pairs(walks: RandomWalks, seed: int, partners: int = 4) -> list[dict]:
+def walk_pairs(walks: RandomWalks, seed: int, held_out: float, partners: int = 4) -> tuple[list[dict], list[dict]]:
     """Each walk beside a few others from the same start that are better or worse by the task's metric, the better one
-    chosen; a pair that comes twice stands once."""
-    rng, pairs, optimality = np.random.default_rng(seed), {}, walks.reward(walks.walks)
-    for walk, score in zip(walks.walks, optimality):
-        others = [(other, value) for other, value in zip(walks.walks, optimality)
-                  if other[0] == walk[0] and value != score]
-        for i in rng.permutation(len(others))[:partners]:
-            other, value = others[i]
-            pairs[(walk, other) if score > value else (other, walk)] = None
-    return [{"prompt": a[0], "chosen": a[1:], "rejected": b[1:]} for a, b in pairs]
+    chosen; a pair that comes twice stands once. Pairs to train on, and pairs of a share of walks that those have not.
+    """
+    rng = np.random.default_rng(seed)
+    texts = [str(walk) for walk in rng.permutation(sorted(set(walks.walks)))]
+    count = round(held_out * len(texts))
+    made = []
+    for some in (texts[count:], texts[:count]):
+        pairs, optimality = {}, walks.reward(some)
+        for walk, score in zip(some, optimality):
+            others = [(other, value) for other, value in zip(some, optimality)
+                      if other[0] == walk[0] and value != score]
+            for i in rng.permutation(len(others))[:partners]:
+                other, value = others[i]
+                pairs[(walk, other) if score > value else (other, walk)] = None
+        made.append([{"prompt": a[0], "chosen": a[1:], "rejected": b[1:]} for a, b in pairs])
+    return tuple(made)
+
+
+def split(rows: list[tuple[Row, Row]], held_out: float, most: int, seed: int) -> tuple[list, list]:
+    """Rows to train on and rows held out, at most `most`: all pairs of a prompt are on one side."""
+    prompts = {}
+    for number, (row, _) in enumerate(rows):
+        said = row.messages[: row.first] if row.messages else row.turns[0]
+        prompts.setdefault(str(said), []).append(number)
+    groups = list(prompts.values())
+    order = torch.randperm(len(groups), generator=generator(seed, 4)).tolist()
+    count, chosen = min(math.ceil(held_out * len(rows)), most), set()
+    for group in order[:-1] if held_out else []:
+        if len(chosen) >= count:
+            break
+        chosen.update(groups[group])
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
 def shared_beginning(chosen: str, rejected: str) -> str:
     """The prompt of two dialogues written out whole: what both begin with, up to the last "Assistant:" in it (as in
-    Anthropic's HH), else up to the last space, so that both go on."""
+    Anthropic's HH), else up to the last space, so that both go on; nothing if they begin with different words."""
     both = os.path.commonprefix([chosen, rejected])
     mark = both.rfind("\n\nAssistant:")
     if mark >= 0:
         return both[: mark + len("\n\nAssistant:")]
     both = both[: min(len(chosen), len(rejected)) - 1]
     return both[: max(0, *map(both.rfind, " \n\t"))]
+
+
+def said(messages: list[dict]) -> list[tuple]:
+    """What counts when messages are compared, whatever other fields they have."""
+    return [(message["role"], message["content"]) for message in messages]
 
 
 def pair_rows(row, where: str) -> tuple[Row, Row]:
@@ -339,16 +369,20 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
         if not isinstance(columns[name], str) and columns[name] != [] and not is_chat(columns[name]):
             raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
         if not columns[name]:
-            raise UserError(f"{where}: {name} is empty")
+            raise UserError(f"{where}: {name} is empty; --format can leave rows out")
     prompt, sides = columns.get("prompt"), [columns["chosen"], columns["rejected"]]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
     if isinstance(sides[0], str):
         if prompt is None:
             prompt = shared_beginning(*sides)
+            others = [value for value in columns.values() if value not in sides and len(str(value).split()) > 1]
+            if not prompt or (others and not prompt.endswith("\n\nAssistant:")):  # perhaps it is in one of those
+                raise UserError(f"{where}: has no prompt, only {', '.join(map(str, columns))}; --format can map rows")
             sides = [side[len(prompt) :] for side in sides]
-    elif not is_chat(prompt) or all(side[: len(prompt)] == prompt for side in sides):  # whole dialogues
-        shared = next((i for i, (one, other) in enumerate(zip(*sides)) if one != other), min(map(len, sides)))
+    elif not is_chat(prompt) or all(said(side[: len(prompt)]) == said(prompt) for side in sides):  # whole dialogues
+        shared = next((i for i, (one, other) in enumerate(zip(*map(said, sides))) if one != other),
+                      min(map(len, sides)))
         while shared and sides[0][shared - 1]["role"] == "assistant":
             shared -= 1
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
@@ -357,8 +391,11 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
             raise UserError(f"{where}: chosen and rejected begin with different messages, and {lacks}")
     made = []
     for name, side in zip(("chosen", "rejected"), sides):
-        if not (side if isinstance(side, str) else any(m["role"] == "assistant" and m["content"] for m in side)):
-            raise UserError(f"{where}: {name} is empty")
+        answers = [side] if isinstance(side, str) else [m["content"] for m in side if m["role"] == "assistant"]
+        if not any(answer.strip() if isinstance(answer, str) else answer for answer in answers):
+            raise UserError(f"{where}: {name} is empty; --format can leave rows out")
+        if not isinstance(side, str) and side[0]["role"] != "assistant":
+            raise UserError(f"{where}: {name} has a message of the {side[0]['role']} where an answer should be")
         made.append(sample_row({"prompt": prompt, "completion": side}, where)._replace(columns=columns))
     return tuple(made)
 
@@ -565,7 +602,7 @@ def batch_loss(
     """Means over all pairs, on all ranks, of what `pair_loss` gives; where gradients are on, adds the gradient of their
     mean loss. reference: token log-probs of a batch that the policy has just scored; None where the pairs have them, or
     nothing asks for them."""
-    world, totals = dist.get_world_size(), {}
+    world, names, totals = dist.get_world_size(), [], 0.0
     for numbers, weight, batch, owner in micro_batches(pairs, shared, args.micro_batch_size, model.start_id,
                                                        model.device):
         count = 2 * len(numbers)
@@ -582,9 +619,9 @@ def batch_loss(
         if torch.is_grad_enabled():
             # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
             (loss * world / len(pairs)).backward()
-        totals = {name: totals.get(name, 0.0) + value.item() for name, value in parts.items()}
-    every = gather_rows([totals], world)
-    return {name: sum(rank_totals[name] for rank_totals in every) / len(pairs) for name in totals}
+        names, totals = list(parts), totals + torch.stack(list(parts.values())).double()
+    every = gather_rows([totals.tolist()], world)
+    return {name: sum(values) / len(pairs) for name, values in zip(names, zip(*every))}
 
 
 # --- models and the reference -----------------------------------------------------------------------------------------
@@ -690,7 +727,7 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
 
 def check_start(gap: float, dtype: torch.dtype) -> None:
     """Stop before the first update if policy and reference, which are the same model, differ by more than rounding."""
-    if not gap < (1e-2 if dtype == torch.float32 else 3.0):
+    if not gap < (1e-2 if dtype == torch.float32 else 1.0):
         raise UserError(f"before the first update policy and reference differ by {gap:.4f} nats an output: this "
                         "architecture is not handled rightly here")
 
@@ -730,13 +767,14 @@ def train(
             os.replace(path + ".tmp", path)
         dist.barrier()
     format_fn = load_function(args.format, "--format") if args.format else None
-    rows = load_pairs(walk_pairs(walks, args.seed) if walks else pairs, args.dataset, "--dataset", format_fn)
+    if walks:
+        pairs, held_out_pairs = walk_pairs(walks, args.seed, args.held_out)
+        held_out_pairs = None if args.eval_dataset else held_out_pairs or None
+    rows = load_pairs(pairs, args.dataset, "--dataset", format_fn)
     if args.eval_dataset or held_out_pairs is not None:
         held_out = load_pairs(held_out_pairs, args.eval_dataset, "--eval-dataset", format_fn)
     else:
-        order = torch.randperm(len(rows), generator=generator(args.seed, 4)).tolist()
-        count = min(len(rows) - 1, math.ceil(args.held_out * len(rows)), args.num_eval_rows)
-        rows, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
+        rows, held_out = split(rows, args.held_out, args.num_eval_rows, args.seed)
     held_out = evenly(held_out, args.num_eval_rows)
     tokenizer, lm = load_tokenizer(args.tokenizer or path), load_lm(path)
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:

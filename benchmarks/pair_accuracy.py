@@ -1,7 +1,7 @@
 """Held-out preference accuracy and margin of a model of dpo.py, with 95 % intervals by a bootstrap over prompts.
 
     python benchmarks/pair_accuracy.py runs/dpo-NAME-1/model --reference MODEL --dataset test.jsonl.gz [--beta 0.1]
-        [--format examples/formats.py:NAME] [--max-length N] [--truncation-side right]
+        [--format examples/formats.py:NAME] [--max-length N] [--truncation-side right] [--no-train-eos] [--means]
 
 Pairs of one prompt are not independent: prompts are drawn again, each with all its pairs. Beside DPO's implicit reward
 stand what the length alone would choose, and the likelihood by the reference and by the model.
@@ -26,7 +26,7 @@ def logprobs(path: str, rows: list, args) -> tuple[list, np.ndarray]:
     tokenizer, model = load_tokenizer(args.reference), LanguageModel(load_lm(path))
     longest = window(args.max_length, model.lm.config.get_text_config())
     pairs, _ = dpo.make_pairs(rows, tokenizer, end_tokens(tokenizer, path), model.seq2seq, longest,
-                              dpo.Args(truncation_side=args.truncation_side))
+                              dpo.Args(truncation_side=args.truncation_side, train_eos=not args.no_train_eos))
     found = dpo.with_reference(model, pairs, shares_exactly(model, longest), 8)
     return found, np.array([pair.reference for pair in found])
 
@@ -41,14 +41,19 @@ def main():
     parser.add_argument("--format")
     parser.add_argument("--max-length", type=int)
     parser.add_argument("--truncation-side", default="left")
+    parser.add_argument("--no-train-eos", action="store_true", help="of a run with that flag")
+    parser.add_argument("--means", action="store_true", help="means over tokens, of a run with --loss ipo or simpo")
     args = parser.parse_args()
     init(1)
     format_fn = load_function(args.format, "--format") if args.format else None
     rows = dpo.load_pairs(None, args.dataset, "--dataset", format_fn)
     pairs, before = logprobs(args.reference, rows, args)
     _, after = logprobs(args.model, rows, args)
-    prompts = np.unique([bytes(pair.prompt) for pair in pairs], return_inverse=True)[1]
+    numbers = {}
+    prompts = np.array([numbers.setdefault(tuple(pair.prompt), len(numbers)) for pair in pairs])
     lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    if args.means:
+        before, after = before / lengths, after / lengths
     rng = np.random.default_rng(1)
     draws = [rng.integers(prompts.max() + 1, size=prompts.max() + 1) for _ in range(2000)]
     weights = np.array([np.bincount(draw, minlength=prompts.max() + 1)[prompts] for draw in draws])

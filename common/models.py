@@ -444,7 +444,7 @@ class LanguageModel(nn.Module):
         if trunk is lm or lm.get_output_embeddings() is None:
             raise UserError(f"{type(lm).__name__} has no trunk apart from a language-model head: it cannot be trained")
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
-        self.device = next(lm.parameters()).device
+        self.device, self.dtype = next(lm.parameters()).device, next(lm.parameters()).dtype
         self._head = (_replaced(lm, trunk, _Given()),)  # in a tuple, or its parameters would be registered twice
 
     @property
@@ -473,7 +473,10 @@ class LanguageModel(nn.Module):
         if self.seq2seq:
             inputs |= {"encoder_hidden_states": encoder_states, "encoder_attention_mask": encoder_mask.long()}
         elif position_ids is not None:
-            inputs |= {"position_ids": position_ids, "attention_mask": mask[:, None] if mask.ndim == 3 else None}
+            inputs |= {"position_ids": position_ids, "attention_mask": None}
+            if mask.ndim == 3:  # added to the scores, made once in the dtype that all blocks compute in
+                zeros = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+                inputs["attention_mask"] = zeros.masked_fill_(~mask, -torch.inf)[:, None]
         elif self.takes_positions:
             inputs["position_ids"] = positions(mask)[:, -ids.shape[1]:]
         output = trunk(**inputs)
@@ -557,7 +560,7 @@ def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **op
     """Shard a model for training or as a reference (see `distributed.shard`); its heads compute in float32."""
     shard(model, dtype, device, fp32=list(model.heads.values()),
           methods=("encode", "decode", "read"), **options)
-    model.device = device  # not that of its parameters, where those are offloaded
+    model.device, model.dtype = device, dtype  # not those of its parameters, which may be offloaded
     return model
 
 
@@ -593,8 +596,9 @@ def shares_exactly(model: LanguageModel, longest: int) -> bool:
 
     Where attention reaches less far than that (sliding windows, chunks) the answer is no: a mask given replaces them.
     """
-    config = model.lm.config.get_text_config()
-    reach = min(getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size"))
+    config = model.lm.config.get_text_config().to_dict()
+    reach = min([value for name, value in config.items() if type(value) is int and value > 0
+                 and ("window" in name or "chunk" in name) and name != "max_window_layers"], default=longest)
     if model.seq2seq or not model.takes_positions or reach < longest:
         return False
     words = model.lm.get_input_embeddings().weight.shape[0]

@@ -412,7 +412,17 @@ def test_what_shares_exactly_is_found_out(architecture):
     for lm in (tiny_lm(architecture), fresh.eval()):
         for longest in (2, 3, 7, 64):
             found = shares_exactly(LanguageModel(lm), longest)
-            assert found == (architecture in SHARING or (architecture, longest < 5) == ("gemma3", True))
+            assert found == (architecture in SHARING or architecture in ("gemma2", "gemma3") and longest < 5)
+
+
+def test_lines_are_not_shared_where_attention_has_a_shorter_reach():
+    """Whatever a config calls it; an option that is only on or off is no reach."""
+    for name, value, shares in (("attention_chunk_size", 8, False), ("keep_window_size", 8, False),
+                                ("window", 64, True), ("max_window_layers", 8, True), ("use_window", True, True),
+                                ("chunk", None, True)):
+        lm = tiny_lm("llama")
+        setattr(lm.config, name, value)
+        assert shares_exactly(LanguageModel(lm), 64) == shares, name
 
 
 @pytest.mark.parametrize("architecture", [*SHARING, "gemma3"])
@@ -801,8 +811,8 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(model_path, tmp_path, 
 
 
 def test_how_far_policy_and_reference_may_be_apart():
-    for gap, dtype, wrong in ((0.009, torch.float32, False), (0.011, torch.float32, True), (2.9, torch.bfloat16, False),
-                              (3.1, torch.bfloat16, True), (math.nan, torch.float32, True)):
+    for gap, dtype, wrong in ((0.009, torch.float32, False), (0.011, torch.float32, True), (0.9, torch.bfloat16, False),
+                              (1.1, torch.bfloat16, True), (math.nan, torch.float32, True)):
         with pytest.raises(UserError) if wrong else contextlib.nullcontext():
             dpo.check_start(gap, dtype)
 
@@ -1084,14 +1094,38 @@ BEGINNINGS = [  # chosen, rejected, and the prompt
 @pytest.mark.parametrize("chosen,rejected,prompt", BEGINNINGS)
 def test_the_prompt_of_texts_is_what_both_begin_with(chosen, rejected, prompt):
     assert dpo.shared_beginning(chosen, rejected) == dpo.shared_beginning(rejected, chosen) == prompt
-    if len(chosen) > len(prompt) < len(rejected):
+    if not prompt:
+        with pytest.raises(UserError, match="^here: (has no prompt, only .*|chosen is empty); --format can"):
+            dpo.pair_rows({"chosen": chosen, "rejected": rejected}, "here")
+    elif len(chosen) > len(prompt) < len(rejected):
         row = {"chosen": chosen, "rejected": rejected}
         found = dpo.pair_rows(row, "here")
         assert [side.turns for side in found] == [[prompt, text[len(prompt):]] for text in (chosen, rejected)]
         assert [side.said for side in found] == [[False, True]] * 2
     else:
-        with pytest.raises(UserError, match="^here: (chosen|rejected) is empty$"):
+        with pytest.raises(UserError, match="^here: (chosen|rejected) is empty; --format can leave rows out$"):
             dpo.pair_rows({"chosen": chosen, "rejected": rejected}, "here")
+
+
+def test_a_question_under_another_name_is_no_prompt():
+    """Texts that begin alike are not taken for whole dialogues where the row has another text, unless they are HH's."""
+    row = {"chosen": "The answer is four", "rejected": "The sum is five"}
+    with pytest.raises(UserError, match="^here: has no prompt, only question, chosen, rejected; --format"):
+        dpo.pair_rows({"question": "two and two", **row}, "here")
+    assert dpo.pair_rows({**row, "id": "a1", "score": 0.5}, "here")[0].turns == ["The", " answer is four"]
+    whole = {"source": "harmless base", "rejected": HH + " no", "chosen": HH + " yes"}
+    assert [side.turns for side in dpo.pair_rows(whole, "here")] == [[HH, " yes"], [HH, " no"]]
+
+
+def test_messages_are_the_same_whatever_fields_they_have_beside():
+    """Parquet gives null fields, Hub data sets ids."""
+    asked, extra = says("hi"), lambda messages, **more: [{**message, **more} for message in messages]
+    sides = {"chosen": extra(says("hi", "yo"), name=None), "rejected": extra(says("hi", "no"), id=7)}
+    for prompt in ({}, {"prompt": asked}, {"prompt": extra(asked, name="u")}):
+        assert made_texts([{**prompt, **sides}], chat_tokenizer()) == [(ASKED, "yo$", "no$")]
+    with pytest.raises(UserError, match="^here: chosen has a message of the system where an answer should be$"):
+        whole = {name: [SYSTEM, *says("hi", name)] for name in ("chosen", "rejected")}
+        dpo.pair_rows({"prompt": asked, **whole}, "here")
 
 
 # what a user gives -> prompt, chosen and rejected
@@ -1101,7 +1135,6 @@ FORMS = [
     ({"prompt": "", "chosen": "cd", "rejected": "e"}, ("^", "cd$", "e$")),
     ({"prompt": "ab", "chosen": " c<eos>", "rejected": "e<eos>d", "extra": 3}, ("ab", " c$", "e$d$")),
     ({"prompt": None, "chosen": "ab cd", "rejected": "ab ef"}, ("ab", " cd$", " ef$")),
-    ({"chosen": "cd", "rejected": "e"}, ("^", "cd$", "e$")),
     ({"prompt": says("hi"), "chosen": "yo", "rejected": "no"}, (ASKED, "yo$", "no$")),
     ({"prompt": says("hi"), "chosen": says("yo", first="assistant"), "rejected": says("no", first="assistant")},
      (ASKED, "yo$", "no$")),
@@ -1156,7 +1189,10 @@ BAD = [
     ({"prompt": "a", "chosen": "b"}, "has no rejected, only prompt, chosen; --format can map rows"),
     ({"prompt": "a", "rejected": "b"}, "has no chosen, only prompt, rejected; --format can map rows"),
     ({"chosen": None, "rejected": "b"}, "has no chosen, only rejected; "), ({}, "has no chosen, only nothing; "),
-    ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen is empty"),
+    ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen is empty; --format can leave rows out"),
+    ({"prompt": "a", "chosen": " ", "rejected": "b"}, "chosen is empty; --format can leave rows out"),
+    ({"prompt": "a", "chosen": "b", "rejected": "\n"}, "rejected is empty"),
+    ({"chosen": says("a", " "), "rejected": says("a", "b")}, "chosen is empty"),
     ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
     ({"prompt": says("a"), "chosen": [], "rejected": says("b", first="assistant")}, "chosen is empty"),
     ({"chosen": [], "rejected": says("a", "b")}, "chosen is empty"),
@@ -1286,10 +1322,10 @@ def test_a_template_that_does_not_write_a_pair_as_one_prompt_is_refused():
     with pytest.raises(UserError, match="^--dataset, row 1: the chat template does not write .*; give pairs that"):
         made([row], tokenizer)
     row = {"prompt": says("hi"), "chosen": says("yo", first="assistant"), "rejected": says("hi", "no")}
-    with pytest.raises(UserError, match="^--dataset, row 1: .* as one answer each to the same prompt; "):
+    with pytest.raises(UserError, match="^--dataset, row 1: rejected has a message of the user where an answer"):
         made([row])
     with pytest.raises(UserError, match="^--dataset, row 1: .*lists of messages and the tokenizer has no chat templ"):
-        made([row], char_tokenizer())
+        made([{"prompt": says("hi"), "chosen": "yo", "rejected": "no"}], char_tokenizer())
 
 
 def test_pairs_of_equal_outputs_are_left_out_and_counted():
@@ -1371,24 +1407,47 @@ def test_a_later_turn_has_no_say_in_how_much_of_the_other_output_stays():
     assert prompt == {6}, "half of the window is for the outputs"
 
 
+def sides_of(rows):
+    return [(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) for row in rows]
+
+
 def test_walks_are_paired_with_worse_ones_from_the_same_start():
     walks = random_walks(3)
-    found = dpo.walk_pairs(walks, 3)
-    sides = [(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) for row in found]
-    known = set(walks.walks)
-    for row, (better, worse) in zip(found, sides):
-        assert len(row["prompt"]) == 1 and {better, worse} <= known and set(better + worse) <= set(NODES)
-        assert walks.reward([better])[0] > walks.reward([worse])[0]
-    assert len(sides) == len(set(sides)) and len(sides) > len(known) / 2
-    assert dpo.walk_pairs(walks, 3) == found != dpo.walk_pairs(walks, 4)
-    few, every = dpo.walk_pairs(walks, 3, partners=1), dpo.walk_pairs(walks, 3, partners=1000)
-    assert 0 < len(few) <= len(walks.walks) and len(few) < len(found) < len(every)
-    score = {walk: walks.reward([walk])[0] for walk in known}
-    assert {(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) for row in every} == {
-        (a, b) for a in known for b in known if a[0] == b[0] and score[a] > score[b]}
-    reached, possible = ({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")}
-                         for rows in (few, every))
+    known, score = set(walks.walks), dict(zip(walks.walks, walks.reward(walks.walks)))
+    found, held = dpo.walk_pairs(walks, 3, 0.2)
+    for better, worse in sides_of(found + held):
+        assert {better, worse} <= known and better[0] == worse[0] and score[better] > score[worse]
+        assert set(better + worse) <= set(NODES)
+    assert all(len(row["prompt"]) == 1 for row in found + held)
+    assert len(found) == len(set(sides_of(found))) and len(found) > len(known) > len(held) > 20
+    assert dpo.walk_pairs(walks, 3, 0.2) == (found, held) and dpo.walk_pairs(walks, 4, 0.2)[0] != found
+    few, none = dpo.walk_pairs(walks, 3, 0.0, partners=1)
+    every, _ = dpo.walk_pairs(walks, 3, 0.0, partners=1000)
+    assert none == [] and 0 < len(few) <= len(known) and len(few) < len(found) < len(every)
+    assert set(sides_of(every)) == {(a, b) for a in known for b in known if a[0] == b[0] and score[a] > score[b]}
+    reached, possible = (set(sum(sides_of(rows), ())) for rows in (few, every))
     assert reached == possible, "each has a part"
+
+
+def test_held_out_pairs_of_walks_are_of_walks_that_training_has_not_seen():
+    for seed in (1, 2):
+        found, held = (set(sum(sides_of(rows), ())) for rows in dpo.walk_pairs(random_walks(seed), seed, 0.15))
+        assert not found & held and 0.08 < len(held) / len(found | held) < 0.2
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side():
+    """Prompts of texts and of messages; about the share that is wanted, and never all."""
+    rows = [{"prompt": f"p{i % 23}", "chosen": f"a{i}", "rejected": "b"} for i in range(100)]
+    rows += [{"prompt": says(f"m{i % 7}"), "chosen": f"a{i}", "rejected": "b"} for i in range(21)]
+    rows = dpo.load_pairs(rows, None, "--dataset", None)
+    asked = lambda some: {str(row.messages[:1] if row.messages else row.turns[0]) for row, _ in some}  # noqa: E731
+    for share, most, low, high in ((0.2, 1000, 25, 29), (0.9, 1000, 109, 120), (0.5, 10, 10, 14), (0.0, 1000, 0, 0)):
+        kept, held = dpo.split(rows, share, most, seed=1)
+        assert not asked(kept) & asked(held) and len(kept) + len(held) == len(rows) and low <= len(held) <= high
+        assert [row for row in rows if row in kept] == kept and [row for row in rows if row in held] == held
+        assert dpo.split(rows, share, most, seed=1) == (kept, held)
+    assert dpo.split(rows, 0.2, 1000, 1) != dpo.split(rows, 0.2, 1000, 2)
+    assert dpo.split(rows[:1], 0.5, 9, 1) == (rows[:1], []), "something is left to train on"
 
 
 def test_what_was_left_out_is_said_and_logged(model_path, tmp_path, capsys):
