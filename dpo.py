@@ -326,11 +326,12 @@ def walk_pairs(walks: RandomWalks, seed: int, held_out: float, partners: int = 4
 
 
 def split(rows: list[tuple[Row, Row]], held_out: float, most: int, seed: int) -> tuple[list, list]:
-    """Rows to train on and rows held out, at most `most`: all pairs of a prompt are on one side."""
+    """Rows to train on and rows held out, about a share of them and about `most` at most: all pairs of a prompt are on
+    one side, and one prompt at least is trained on."""
     prompts = {}
     for number, (row, _) in enumerate(rows):
-        said = row.messages[: row.first] if row.messages else row.turns[0]
-        prompts.setdefault(str(said), []).append(number)
+        prompt = row.messages[: row.first] if row.messages else row.turns[0]
+        prompts.setdefault(str(prompt), []).append(number)
     groups = list(prompts.values())
     order = torch.randperm(len(groups), generator=generator(seed, 4)).tolist()
     count, chosen = min(math.ceil(held_out * len(rows)), most), set()
@@ -462,7 +463,7 @@ def make_pairs(
     return pairs, counts
 
 
-def micro_batches(
+def pair_batches(
     pairs: list[Pair], shared: bool, micro_batch_size: int, start_id: int | None, device: torch.device
 ) -> Iterator[tuple[list[int], torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
     """This rank's share of the pairs, micro-batches of M: their numbers, their weights (M,), 0 for those that are there
@@ -596,14 +597,14 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: 
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
 
 
-def batch_loss(
+def batch_metrics(
     model: LanguageModel, reference: Callable | None, pairs: list[Pair], shared: bool, args: Args
 ) -> dict[str, float]:
     """Means over all pairs, on all ranks, of what `pair_loss` gives; where gradients are on, adds the gradient of their
     mean loss. reference: token log-probs of a batch that the policy has just scored; None where the pairs have them, or
     nothing asks for them."""
     world, names, totals = dist.get_world_size(), [], 0.0
-    for numbers, weight, batch, owner in micro_batches(pairs, shared, args.micro_batch_size, model.start_id,
+    for numbers, weight, batch, owner in pair_batches(pairs, shared, args.micro_batch_size, model.start_id,
                                                        model.device):
         count = 2 * len(numbers)
         sums = output_logprobs(model(**batch, with_entropy=False)["logprobs"], owner, count).view(-1, 2)
@@ -664,7 +665,7 @@ def with_reference(
 ) -> list[Pair]:
     """The pairs with their outputs' log-probs by the model as it is."""
     found = []
-    for numbers, _, batch, owner in micro_batches(pairs, shared, micro_batch_size, model.start_id, model.device):
+    for numbers, _, batch, owner in pair_batches(pairs, shared, micro_batch_size, model.start_id, model.device):
         logprobs = model(**batch, with_entropy=False)["logprobs"]
         found += zip(numbers, output_logprobs(logprobs, owner, 2 * len(numbers)).view(-1, 2).tolist())
     # the ranks have different numbers of pairs, the first line's perhaps on several
@@ -725,7 +726,7 @@ def load_metric(spec: str | None, device: torch.device) -> Callable | None:
     return lambda samples, **_: {"score": classify(samples)}
 
 
-def check_start(gap: float, dtype: torch.dtype) -> None:
+def check_reference(gap: float, dtype: torch.dtype) -> None:
     """Stop before the first update if policy and reference, which are the same model, differ by more than rounding."""
     if not gap < (1e-2 if dtype == torch.float32 else 1.0):
         raise UserError(f"before the first update policy and reference differ by {gap:.4f} nats an output: this "
@@ -826,7 +827,7 @@ def train(
         metrics, outputs = {}, []
         if evals:
             with torch.no_grad():
-                found = batch_loss(model, reference, evals, shared, args)
+                found = batch_metrics(model, reference, evals, shared, args)
             metrics = {f"eval/pair_{name}" if name == "kl" else f"eval/{name}": value for name, value in found.items()}
         if eval_ids:
             found, outputs = evaluate_samples(
@@ -859,9 +860,9 @@ def train(
         begun = time.time()
         places = range(state["samples"], min(state["samples"] + args.batch_size, total))
         batch = [data[shuffled(place, len(data), args.seed)] for place in places]
-        found = batch_loss(model, reference, batch, shared, args)
+        found = batch_metrics(model, reference, batch, shared, args)
         if step == 0 and args.loss != "simpo":
-            check_start(found["gap"], dtype)
+            check_reference(found["gap"], dtype)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
         norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
                               {"pairs": [[list(part) for part in pair] for pair in batch]})

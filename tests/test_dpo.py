@@ -329,7 +329,7 @@ def test_lines_against_nested_loops():
 
 def test_no_token_of_padding_is_without_a_place_to_look():
     """A row of a mask that is False throughout is NaN in some attention kernels."""
-    batch = next(dpo.micro_batches(PAIRS, True, 99, None, CPU))[2]
+    batch = next(dpo.pair_batches(PAIRS, True, 99, None, CPU))[2]
     assert batch["mask"].any(2).all()
 
 
@@ -376,11 +376,11 @@ def test_numbers_and_gradients_are_those_of_single_unpadded_rows(architecture):
     before = copy.deepcopy(PAIRS)
     for shared, size in product((False, True) if architecture in SHARING else (False,), (1, 4, 99)):
         args = dpo.Args(micro_batch_size=size, **FLAGS)
-        found = dpo.batch_loss(model, reference, PAIRS, shared, args)
+        found = dpo.batch_metrics(model, reference, PAIRS, shared, args)
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), (shared, size)
         assert_same_gradients(gradients(lm), slopes)
     with torch.no_grad():
-        assert dpo.batch_loss(model, reference, PAIRS, False, args) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert dpo.batch_metrics(model, reference, PAIRS, False, args) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert not gradients(lm) and not gradients(ref) and before == PAIRS
 
 
@@ -392,7 +392,7 @@ def test_pairs_with_their_references_need_none_in_memory():
         assert [texts(one) for one in known] == MIXED
         assert [list(one.reference) for one in known] == [pytest.approx(row, rel=1e-5) for row in
                                                           brute_sums(ref, PAIRS).tolist()]
-        found = dpo.batch_loss(LanguageModel(lm), None, known, shared, dpo.Args(micro_batch_size=size, **FLAGS))
+        found = dpo.batch_metrics(LanguageModel(lm), None, known, shared, dpo.Args(micro_batch_size=size, **FLAGS))
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -402,7 +402,7 @@ def test_simpo_needs_no_reference():
     lengths = [(sum(p.chosen_trained), sum(p.rejected_trained)) for p in PAIRS]
     with torch.no_grad():
         expected = by_hand(args, brute_sums(lm, PAIRS).tolist(), [(0, 0)] * len(PAIRS), lengths)
-        assert dpo.batch_loss(LanguageModel(lm), None, PAIRS, True, args) == pytest.approx(expected, rel=1e-5)
+        assert dpo.batch_metrics(LanguageModel(lm), None, PAIRS, True, args) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -489,7 +489,7 @@ def test_micro_batches_hold_each_pair_once_and_lines_several():
     for shared, size, seq2seq in product((False, True), (1, 3, 99), (False, True)):
         if shared and seq2seq:
             continue
-        batches = list(dpo.micro_batches(PAIRS, shared, size, 0 if seq2seq else None, CPU))
+        batches = list(dpo.pair_batches(PAIRS, shared, size, 0 if seq2seq else None, CPU))
         assert sorted(number for numbers, *_ in batches for number in numbers) == list(range(len(PAIRS)))
         widths = []
         for numbers, weight, batch, owner in batches:
@@ -548,14 +548,14 @@ def plain(folder):
 
 
 def recorded(monkeypatch) -> dict[str, list]:
-    """What `batch_loss` is called with from now on: pairs of each batch, and of each evaluation."""
-    calls, batch_loss = {"train": [], "eval": []}, dpo.batch_loss
+    """What `batch_metrics` is called with from now on: pairs of each batch, and of each evaluation."""
+    calls, batch_metrics = {"train": [], "eval": []}, dpo.batch_metrics
 
     def record(model, reference, pairs, *arguments):
         calls["train" if torch.is_grad_enabled() else "eval"].append(list(pairs))
-        return batch_loss(model, reference, pairs, *arguments)
+        return batch_metrics(model, reference, pairs, *arguments)
 
-    monkeypatch.setattr(dpo, "batch_loss", record)
+    monkeypatch.setattr(dpo, "batch_metrics", record)
     return calls
 
 
@@ -757,9 +757,9 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(model_path, tmp
 
 
 def test_a_run_says_whether_pairs_share_lines(model_path, tmp_path, capsys, monkeypatch):
-    shares, micro_batches = [], dpo.micro_batches
-    monkeypatch.setattr(dpo, "micro_batches",
-                        lambda pairs, shared, *more: shares.append(shared) or micro_batches(pairs, shared, *more))
+    shares, pair_batches = [], dpo.pair_batches
+    monkeypatch.setattr(dpo, "pair_batches",
+                        lambda pairs, shared, *more: shares.append(shared) or pair_batches(pairs, shared, *more))
     said = "packing: a {} does not keep outputs that share a line apart; each is padded instead"
     for architecture, flags, kind in (("gpt2", {}, None), ("gpt2", dict(pack=False), None),
                                       ("bloom", {}, "BloomForCausalLM"), ("t5", {}, "T5ForConditionalGeneration"),
@@ -786,7 +786,7 @@ def test_settings_of_the_optimizer_reach_it_and_the_start_is_checked_once(model_
     monkeypatch.setattr(dpo, "adamw", lambda model, *more: calls.append(more) or adamw(model, *more))
     monkeypatch.setattr(dpo, "optimizer_step", lambda optimizer, rate, norm, *more: calls.append((rate, norm))
                         or optimizer_step(optimizer, rate, norm, *more))
-    monkeypatch.setattr(dpo, "check_start", lambda *more: calls.append(more))
+    monkeypatch.setattr(dpo, "check_reference", lambda *more: calls.append(more))
     folder = run(tmp_path, model_path("gpt2"), adam_beta1=0.1, adam_beta2=0.2, adam_epsilon=0.3, weight_decay=0.4,
                  max_grad_norm=0.5, max_steps=2, precompute_reference=True)
     gap = rows_of(folder)[1]["train/gap"]
@@ -814,7 +814,7 @@ def test_how_far_policy_and_reference_may_be_apart():
     for gap, dtype, wrong in ((0.009, torch.float32, False), (0.011, torch.float32, True), (0.9, torch.bfloat16, False),
                               (1.1, torch.bfloat16, True), (math.nan, torch.float32, True)):
         with pytest.raises(UserError) if wrong else contextlib.nullcontext():
-            dpo.check_start(gap, dtype)
+            dpo.check_reference(gap, dtype)
 
 
 def test_gaps_of_several_pairs_do_not_cancel(model_path, tmp_path, monkeypatch):
