@@ -24,8 +24,9 @@ else
     "$python" examples/wordle.py data "$out/rows.jsonl" --words "$words" --games 100000 --seed 1
     "$python" examples/wordle.py prompts "$out/prompts.jsonl"
     "$python" sft.py "${reader[@]}" --train-tokenizer 320 --max-length 96 --batch-size 64 --micro-batch-size 64 \
-        --warmup-steps 50 --held-out 0.01
+        --epochs 6 --warmup-steps 50 --held-out 0.01 --eval-every 250 --max-steps 2000
     "$python" ilql.py "${learner[@]}" --max-length 96 --max-new-tokens 12 --eval-samples 64 --eval-every 500 \
-        --metric examples/wordle.py:consistent --learning-rate 5e-4 --tau 0.8 --cql-scale 0.01 --max-steps 1000
+        --metric examples/wordle.py:consistent --learning-rate 1e-3 --tau 0.8 --cql-scale 0.01 --max-steps 700 \
+        --schedule constant
     "$python" examples/wordle.py play "$out/ilql/model" --words "$words" --beta 0 4 16 32
 fi
