@@ -26,7 +26,7 @@ Differences from the papers, and from other code where it differs from them:
 One step is one optimizer step on `--batch-size` pairs, over all processes: the same flags give the same optimisation on
 any number of them.
 
-    python dpo.py                                                        random walks on a CPU, a minute
+    python dpo.py                                                        random walks on a CPU, a minute or two
     python dpo.py --model gpt2 --dataset pairs.jsonl                     one GPU
     torchrun --nproc_per_node 8 dpo.py --model gpt2 --dataset pairs.jsonl  eight GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 dpo.py --model gpt2 \\
