@@ -1603,7 +1603,8 @@ def test_the_command_alone(walked):
     assert rows[2]["eval/loss"] < rows[0]["eval/loss"]
     assert abs(rows[0]["eval/kl"]) < 1e-4
     found, held = dpo.walk_pairs(random_walks(1), 1, dpo.RANDOM_WALKS["held_out"])
-    assert rows[0]["data/pairs"] == len(found) and rows[0]["data/held_out"] == len(held) and not rows[0]["data/equal"]
+    assert rows[0]["data/pairs"] == len(found) and rows[0]["data/held_out"] == 50 < len(held)
+    assert not rows[0]["data/equal"]
     lm = plain(folder / "model")
     assert lm.config.vocab_size == plain(folder / "start").config.vocab_size
     assert not all(torch.equal(a, b) for a, b in zip(lm.parameters(), plain(folder / "start").parameters()))
@@ -1618,4 +1619,5 @@ def test_a_mistake_is_one_line_and_exit_code_2(model_path, tmp_path):
     done = run_script("dpo.py", "--model", model_path("gpt2"), "--dataset", str(tmp_path / "pairs.jsonl"),
                       "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"dpo.py: error: --dataset {tmp_path}/pairs.jsonl, row 2: chosen is empty; --format can leave rows out\n"
+    assert done.stderr == (f"dpo.py: error: --dataset {tmp_path}/pairs.jsonl, row 2: chosen is empty; "
+                           "--format can leave rows out\n")
