@@ -1610,6 +1610,14 @@ def test_the_command_alone(walked):
     assert not all(torch.equal(a, b) for a, b in zip(lm.parameters(), plain(folder / "start").parameters()))
 
 
+def test_defaults_depend_on_the_loss_and_the_task():
+    """Flags win; a model with data of its own has nothing of random walks."""
+    for loss, walks, own in (("sigmoid", 1.0, 0.1), ("hinge", 1.0, 0.1), ("ipo", 1.0, 1.0), ("simpo", 2.0, 2.0)):
+        assert dpo.arguments(loss=loss).beta == walks and dpo.arguments(loss=loss, beta=0.3).beta == 0.3
+        args = dpo.arguments(loss=loss, model="m", dataset="rows.jsonl")
+        assert args.beta == own and args.sft_coef == 0.0 and args.epochs == 1
+
+
 def test_what_is_logged_is_what_the_readme_says(walked):
     assert set().union(*rows_of(walked[0])) == documented_metrics("dpo.py") - {"eval/score"}
 
