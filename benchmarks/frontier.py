@@ -72,7 +72,7 @@ def make_pairs(sampler: Sampler, model: LanguageModel, rows: list[dict], path: P
         for four in (items[i : i + 4] for i in range(0, len(items), 4)):
             for pair in itertools.combinations(four, 2):
                 rejected, chosen = sorted(pair, key=lambda item: item["score"])
-                if chosen["output"] and rejected["output"] and chosen["score"] > rejected["score"]:
+                if chosen["output"].strip() and rejected["output"].strip() and chosen["score"] > rejected["score"]:
                     file.write(json.dumps({"prompt": chosen["prompt"], "chosen": chosen["output"],
                                            "rejected": rejected["output"]}) + "\n")
 
