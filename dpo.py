@@ -62,7 +62,6 @@ from common.data import (
     load_prompts,
     pack,
     prompt_room,
-    read_rows,
     short,
     shuffled,
     special_tokens,
@@ -103,7 +102,7 @@ from common.models import (
 )
 from common.randomwalks import RandomWalks, cloned_walker, random_walks
 from common.randomwalks import tokenizer as walks_tokenizer
-from common.samples import Example, Row, encode, prompt_of, sample_row
+from common.samples import Example, Row, encode, formatted_rows, prompt_of, sample_row
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -402,23 +401,8 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
 
 
 def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[tuple[Row, Row]]:
-    """The pairs of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row
-    for what is no pair."""
-    where = flag if given is not None else f"{flag} {path}"
-    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not hasattr(given, "__iter__")):
-        raise UserError(f"{where}: is not a list of rows")
-    rows = []
-    for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
-        try:
-            row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
-        if row is not None or not format_fn:
-            rows.append(pair_rows(row, f"{where}, row {number}"))
-    if not rows:
-        raise UserError(f"{where}: " + ("--format left out every row" if format_fn else "holds no rows"))
-    return rows
+    """The pairs of a list, else of a file or Hub data set. Raises UserError naming the row for what is no pair."""
+    return [pair_rows(row, where) for row, where in formatted_rows(given, path, flag, format_fn)]
 
 
 def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int) -> list[Example]:

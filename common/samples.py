@@ -36,9 +36,11 @@ class Row(NamedTuple):
     first: int = 0  # the number of the first message that may be trained
 
 
-def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[Row]:
-    """The rows of a list, else of a file or Hub data set; nothing given is changed. Raises UserError naming the row for
-    one that has none of the forms."""
+def formatted_rows(
+    given: list | None, path: str | None, flag: str, format_fn: Callable | None
+) -> list[tuple[object, str]]:
+    """The rows of a list, else of a file or Hub data set, by the user's function if there is one, each with its place
+    for messages; nothing given is changed. Raises UserError where there are none, or the function fails."""
     where = flag if given is not None else f"{flag} {path}"
     if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not hasattr(given, "__iter__")):
         raise UserError(f"{where}: is not a list of rows")
@@ -52,10 +54,16 @@ def load_samples(given: list | None, path: str | None, flag: str, format_fn: Cal
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}, row {number}: the --format function raised {reason}") from error
         if row is not None or not format_fn:
-            rows.append(sample_row(row, f"{where}, row {number}"))
+            rows.append((row, f"{where}, row {number}"))
     if not rows:
         raise UserError(f"{where}: --format left out every row")
     return rows
+
+
+def load_samples(given: list | None, path: str | None, flag: str, format_fn: Callable | None) -> list[Row]:
+    """The samples of a list, else of a file or Hub data set. Raises UserError naming the row for one that has none of
+    the forms."""
+    return [sample_row(row, where) for row, where in formatted_rows(given, path, flag, format_fn)]
 
 
 def sample_row(row, where: str) -> Row:
