@@ -529,7 +529,7 @@ def build(
 
     def reference_logprobs(batch):
         with lora.disable_adapter() if lora else contextlib.nullcontext():
-            return reference(**batch, rules=rules)["logprobs"]
+            return reference(**batch, rules=rules, with_entropy=False)["logprobs"]
 
     return model, reference_logprobs, lora
 
@@ -564,7 +564,7 @@ def update(
             weight = torch.tensor(real[micro])[:, None].expand_as(inside)[inside].to(device)
             old = {name: data[name][rows][inside].to(device) for name in data}
             batch = collate([prompts[row] for row in rows], [responses[row] for row in rows], model.start_id, device)
-            out = model(**batch, rules=rules)
+            out = model(**batch, rules=rules, with_entropy=False)
             logprobs, values = out["logprobs"], out["value"][:, 0]
             surrogate, parts = policy_loss(logprobs, old["logprobs"], old["advantages"], weight, args.clip_range)
             error, more = value_loss(values, old["values"], old["returns"], weight, args.clip_range_value)

@@ -1,6 +1,7 @@
 """Process group, device, seeds, FSDP2 sharding, gathers, checkpoints. One code path for one and for many processes."""
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -34,6 +35,11 @@ def init(seed: int | None) -> torch.device:
     """Join the process group (torchrun's, or a group of one), seed every generator alike, unless the seed is None, and
     return this rank's device."""
     cuda = torch.cuda.is_available()
+    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+        # Give no memory back to the system: the pages of a large tensor, fresh at each step, cost as much as its sums
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
@@ -149,9 +155,16 @@ def unsharded(model: nn.Module, keep_sharded: bool = False):
     for module in groups:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    # The blocks have nothing to gather then, and their hooks cost as much as a small block
+    hooks = [(hooks, dict(hooks)) for module in groups for hooks in (module._forward_pre_hooks, module._forward_hooks)
+             if module is not model]
+    for live, _ in hooks:
+        live.clear()
     try:
         yield
     finally:
+        for live, saved in hooks:
+            live.update(saved)
         for module in groups:
             module.reshard()
             module.set_reshard_after_forward(module is not model, recurse=False)

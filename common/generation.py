@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 
 from common.cli import UserError
 from common.data import call, check_metrics
@@ -45,11 +48,18 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int = 0, top_p: f
         ordered, order = logprobs.softmax(-1).sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it already suffice
         logprobs = logprobs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
-    # in float64, since a float32 sum may rise at a probability of 0
-    cumulative = logprobs.softmax(-1, dtype=torch.float64).cumsum(-1)
-    # below the total, so that the search ends at a token of positive probability
-    level = uniform.double().clamp(max=1 - 1e-9)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True)[:, 0]
+    def find(weights, level):  # in float64, since a float32 sum may rise at a weight of 0
+        sums = weights.double().cumsum(-1)
+        # below the total, so that the search ends at a positive weight
+        level = torch.minimum(level, sums[:, -1] * (1 - 1e-9))
+        place = torch.searchsorted(sums, level[:, None], right=True)
+        return place[:, 0], level - (sums - weights).gather(1, place)[:, 0]
+
+    size = int(logprobs.shape[1] ** 0.5)  # first a block of tokens, then one of its tokens: few float64 sums
+    probs = pad(logprobs.softmax(-1), (0, -logprobs.shape[1] % size)).unflatten(1, (-1, size))  # (B, blocks, size)
+    totals = probs.sum(-1)
+    block, level = find(totals, uniform.double() * totals.sum(-1, dtype=torch.float64))
+    return block * size + find(probs[torch.arange(len(block), device=block.device), block], level)[0]
 
 
 def find_stop(text: str, stop_sequences: list[str]) -> int:
@@ -66,6 +76,109 @@ def stop_checker(tokenizer, stop_sequences: list[str]) -> Callable[[list[int]], 
     return lambda ids: find_stop(tokenizer.decode(ids[-reach:]), stop_sequences) >= 0
 
 
+class _Roomy(DynamicLayer):
+    """A cache layer with columns to spare: a new token is written into them, where transformers' own copies all."""
+
+    room = None  # keys and values, each (B, heads, columns and some to spare, size)
+
+    def update(self, key_states, value_states, *_, **__):
+        """Append keys and values (B, heads, t, size); return all so far."""
+        old, new = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self.room is None or self.room[0].shape[2] < new:
+            self.room = [part.new_empty(*part.shape[:2], new + 64, part.shape[3]) for part in (self.keys, self.values)]
+            for room, part in zip(self.room, (self.keys, self.values)):
+                room[:, :, :old] = part
+        for room, part in zip(self.room, (key_states, value_states)):
+            room[:, :, old:new] = part
+        self.keys, self.values = (room[:, :, :new] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        self.take(indices, 0, None)
+
+    def take(self, rows: torch.Tensor, skip: int, other: DynamicLayer | None) -> None:
+        """Keep these rows, without their first `skip` columns, and add those of another layer, flush right."""
+        for name in ("keys", "values"):
+            parts = [getattr(self, name)[rows, :, skip:], *([getattr(other, name)] if other else [])]
+            width = max(part.shape[2] for part in parts)
+            setattr(self, name, torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in parts]))
+        self.room = None
+
+
+def _with_room(cache) -> bool:
+    """Make the plain layers of a cache roomy ones. Returns whether these are all there is, so that rows can join."""
+    parts = [cache.self_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
+    for layer in (layer for part in parts for layer in part.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layer.__class__ = _Roomy
+    return type(cache) is DynamicCache and all(type(layer) is _Roomy for layer in cache.layers)
+
+
+@dataclass
+class _Batch:
+    """The rows that are being continued."""
+
+    rows: list[int | None]
+    """the prompt of each row; None for one that has ended"""
+    previous: torch.Tensor
+    """(b,) the last token of each row, which is not yet in the cache"""
+    index: torch.Tensor
+    """(b,) how many tokens each row has been given"""
+    mask: torch.Tensor | None
+    """(b, t) what is real in the cache and the token after it; None for an encoder-decoder model"""
+    cache: object
+    encoder: dict[str, torch.Tensor]
+    joins: bool
+    """whether rows can join: left-padded ones with plain layers"""
+
+    def going(self) -> list[int]:
+        """The places of the rows that have not ended."""
+        return [place for place, row in enumerate(self.rows) if row is not None]
+
+    def keep(self, fresh: "_Batch | None" = None) -> "_Batch":
+        """The batch without the rows that have ended, and with those of another."""
+        places = self.going() or [0]  # a rank that waits for the others still takes part
+        at = torch.tensor(places, device=self.previous.device)
+        mask = None if self.mask is None else self.mask[at]
+        if self.joins:
+            skip = int(mask.any(0).long().argmax())
+            others = fresh.cache.layers if fresh else [None] * len(self.cache.layers)
+            for layer, other in zip(self.cache.layers, others):
+                layer.take(at, skip, other)
+            masks = [mask[:, skip:], *([fresh.mask] if fresh else [])]
+            width = max(part.shape[1] for part in masks)
+            mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in masks])
+        else:
+            self.cache.batch_select_indices(at)
+        rows, previous, index = [self.rows[place] for place in places], self.previous[at], self.index[at]
+        if fresh:
+            rows, previous = rows + fresh.rows, torch.cat([previous, fresh.previous])
+            index = torch.cat([index, fresh.index])
+        encoder = {name: tensor[at] for name, tensor in self.encoder.items()}
+        return _Batch(rows, previous, index, mask, self.cache, encoder, self.joins)
+
+
+def _begin(model: LanguageModel, rows: list[int | None], texts: list[list[int]]) -> tuple:
+    """Read the prompts `texts` of `rows`: the batch, the logits (b, V) and states (b, H) that predict a first token."""
+    device, unique = model.device, list(dict.fromkeys(map(tuple, texts)))
+    ids, mask = (tensor.to(device) for tensor in pad_rows(unique, 0, left=not model.seq2seq))
+    encoder = {}
+    if model.seq2seq:
+        encoder = {"encoder_states": model.encode(ids, mask), "encoder_mask": mask}
+        ids, mask = torch.full((len(ids), 1), model.start_id, device=device), None
+    logits, states, cache = model.decode(ids, mask, None, **encoder)
+    previous = ids[:, -1]
+    if len(unique) < len(rows):  # several outputs of one prompt
+        number = {text: i for i, text in enumerate(unique)}
+        at = torch.tensor([number[tuple(text)] for text in texts], device=device)
+        cache.batch_select_indices(at)
+        logits, states, previous = logits[at], states[at], previous[at]
+        mask, encoder = None if mask is None else mask[at], {name: part[at] for name, part in encoder.items()}
+    index = torch.zeros(len(rows), dtype=torch.long, device=device)
+    return _Batch(rows, previous, index, mask, cache, encoder, _with_room(cache)), logits, states
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -73,6 +186,7 @@ def generate(
     uniforms: torch.Tensor,
     rules: LogitRules = LogitRules(),
     *,
+    batch_size: int | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
     stop: Callable[[list[int]], bool] | None = None,
@@ -82,55 +196,58 @@ def generate(
     """Continue each prompt (non-empty ids) by at most `uniforms.shape[1]` tokens.
 
     uniforms: (B, max_new_tokens), see `noise`. rules: temperature (0 is greedy), end tokens, minimum length, mask.
-    stop: see `stop_checker`. adjust_logits(logits (b, V), state (b, H), previous (b,)) -> logits, before the rules.
-    synced: the model is sharded, so all ranks must take the same number of steps; else ranks may stop apart.
+    batch_size: most rows at a time; all by default. stop: see `stop_checker`. adjust_logits(logits (b, V), state
+    (b, H), previous (b,)) -> logits, before the rules. synced: the model is sharded, so all ranks must take the same
+    number of steps, and begin all their prompts at once; else ranks may stop apart.
 
-    Rows that have ended leave the batch, and the cache, once they are a quarter of it.
+    Rows that have ended leave the batch, and the cache, once they are a quarter of it; prompts that wait take their
+    places where the cache allows it. Equal prompts that begin together are read once.
     """
-    device = model.device
-    max_new_tokens = uniforms.shape[1]
+    device, limit = model.device, uniforms.shape[1]
     result = Generation([[] for _ in prompts], [[] for _ in prompts], [False] * len(prompts))
-    if not max_new_tokens or not (prompts or synced):
+    if not limit or not (prompts or synced):
         return result
-    ids, mask = (tensor.to(device) for tensor in pad_rows(prompts or [[0]], 0, left=not model.seq2seq))
-    uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, max_new_tokens, device=device)
-    encoder = {}
-    if model.seq2seq:
-        encoder = {"encoder_states": model.encode(ids, mask), "encoder_mask": mask}
-        ids, mask = torch.full((len(ids), 1), model.start_id, device=device), None
-    rows = list(range(len(prompts)))  # the prompt of each row of the batch; None for one that has ended
-    rows = rows or [None]
-    cache, previous = None, ids[:, -1]
-    for step in range(max_new_tokens):
-        logits, state, cache = model.decode(ids, mask, cache, **encoder)
+    uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, limit, device=device)
+    most = batch_size or max(1, len(prompts))
+    waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths together
+    batch = None
+    while True:
+        free = most - (len(batch.going()) if batch else 0)
+        fresh = None
+        if batch is None or waiting and (free == most or batch.joins and 4 * free >= most):
+            rows, waiting = sorted(waiting[:free]), waiting[free:]
+            fresh, logits, states = _begin(model, rows or [None], [prompts[row] for row in rows] or [[0]])
+        else:
+            logits, states, _ = model.decode(batch.previous[:, None], batch.mask, batch.cache, **batch.encoder)
+        at = fresh or batch
         logits = logits.float()
         if adjust_logits:
-            logits = adjust_logits(logits, state, previous)
-        logprobs = rules(logits, previous, torch.full_like(previous, step)).log_softmax(-1)
-        tokens = pick(logprobs, uniforms[:, step], top_k, top_p) if rules.temperature else logprobs.argmax(-1)
+            logits = adjust_logits(logits, states, at.previous)
+        logprobs = rules(logits, at.previous, at.index).log_softmax(-1)
+        if rules.temperature:
+            numbers = torch.tensor([row or 0 for row in at.rows], device=device)
+            tokens = pick(logprobs, uniforms[numbers, at.index.clamp(max=limit - 1)], top_k, top_p)
+        else:
+            tokens = logprobs.argmax(-1)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        for place, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), chosen.tolist())):
+        for place, (row, token, logprob) in enumerate(zip(at.rows, tokens.tolist(), chosen.tolist())):
             if row is not None:
                 result.tokens[row].append(token)
                 result.logprobs[row].append(logprob)
                 result.finished[row] = token in rules.eos_ids or bool(stop and stop(result.tokens[row]))
-                rows[place] = None if result.finished[row] else row
-        active = [place for place, row in enumerate(rows) if row is not None]
-        going = torch.tensor(len(active))
+                if result.finished[row] or len(result.tokens[row]) == limit:
+                    at.rows[place] = None
+        at.previous, at.index = tokens, at.index + 1
+        at.mask = None if at.mask is None else pad(at.mask, (0, 1), value=True)
+        if fresh:
+            batch = batch.keep(fresh) if batch and batch.going() else fresh
+        left = torch.tensor(len(batch.going()) + len(waiting))
         if synced:
-            dist.all_reduce(going, dist.ReduceOp.MAX)
-        if not going:
-            break
-        if len(active) <= 0.75 * len(rows) and len(rows) > 1:
-            active = active or [0]  # a rank that waits for the others still takes part
-            keep = torch.tensor(active, device=device)
-            cache.batch_select_indices(keep)
-            rows, tokens, uniforms = [rows[place] for place in active], tokens[keep], uniforms[keep]
-            mask = None if mask is None else mask[keep]
-            encoder = {name: tensor[keep] for name, tensor in encoder.items()}
-        ids, previous = tokens[:, None], tokens
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return result
+            dist.all_reduce(left, dist.ReduceOp.MAX)
+        if not left:
+            return result
+        if not (waiting and batch.joins) and len(batch.going()) <= 0.75 * len(batch.rows) and len(batch.rows) > 1:
+            batch = batch.keep()
 
 
 def try_out(model: LanguageModel) -> None:
@@ -165,11 +282,13 @@ def sample_texts(
     rows, real = rank_rows(len(prompts))
     mine = rows if keep_sharded else [row for row, is_real in zip(rows, real) if is_real]
     stop, items = stop_checker(tokenizer, list(stop_sequences)), []
+    size = batch_size if keep_sharded else max(1, len(mine))
     with unsharded(model, keep_sharded):
-        for start in range(0, len(mine), batch_size):
-            chunk = mine[start : start + batch_size]
+        for start in range(0, len(mine), size):
+            chunk = mine[start : start + size]
             texts = [prompts[row] for row in chunk]
-            out = generate(model, texts, uniforms[chunk], rules, stop=stop, synced=keep_sharded, **options)
+            out = generate(model, texts, uniforms[chunk], rules, batch_size=batch_size, stop=stop, synced=keep_sharded,
+                           **options)
             items += [dict(tokens=t, logprobs=p, finished=f) for t, p, f in zip(out.tokens, out.logprobs, out.finished)]
     for row, item in zip(mine, items):
         prompt, output = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompts[row], item["tokens"]))

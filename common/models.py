@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     pipeline,
 )
+from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
@@ -65,7 +66,16 @@ def load_lm(path: str) -> PreTrainedModel:
     with _readable("--model", path):
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_pretrained(path, dtype=torch.float32).eval()
+        return fused(auto.from_pretrained(path, dtype=torch.float32).eval())
+
+
+def fused(lm: PreTrainedModel) -> PreTrainedModel:
+    """The LM with each activation that transformers computes in several steps, GPT-2's among them, as one operation."""
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if isinstance(child, (NewGELUActivation, FastGELUActivation)):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return lm
 
 
 def load_config(path: str):
@@ -103,7 +113,7 @@ def new_lm(path: str, tokenizer, seed: int) -> PreTrainedModel:
             config.decoder_start_token_id = next((token for token in starts if token is not None), 0)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         torch.manual_seed(seed)
-        return auto.from_config(config, dtype=torch.float32).eval()
+        return fused(auto.from_config(config, dtype=torch.float32).eval())
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -195,7 +205,7 @@ def checkpoint_blocks(lm: nn.Module) -> None:
         def forward(*args, _inner=block.forward, **kwargs):
             if not torch.is_grad_enabled():
                 return _inner(*args, **kwargs)
-            return checkpoint(_inner, *args, use_reentrant=False, **kwargs)
+            return checkpoint(_inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # no dropout
 
         block.forward = forward
 
@@ -288,9 +298,8 @@ class LogitRules:
             forbidden = nn.functional.pad(forbidden, (0, logits.shape[1] - forbidden.shape[1]))
             logits = logits.masked_fill(forbidden, -torch.inf)
         if self.min_new_tokens and self.eos_ids:
-            early = torch.zeros_like(logits, dtype=torch.bool)
-            early[:, list(self.eos_ids)] = (index < self.min_new_tokens)[:, None]
-            logits = logits.masked_fill(early, -torch.inf)
+            early = torch.where(index < self.min_new_tokens, -torch.inf, 0.0)[:, None].expand(-1, len(self.eos_ids))
+            logits = logits.index_add(1, torch.tensor(self.eos_ids, device=logits.device), early)
         return logits
 
 
@@ -422,7 +431,7 @@ class TokenHead(nn.Sequential):
 
         pieces = list(zip(*(part.split(max(1, CHUNK // last.out_features)) for part in (inner, tokens))))
         if len(pieces) > 1 and inner.requires_grad:
-            score = functools.partial(checkpoint, score, use_reentrant=False)
+            score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([score(*piece) for piece in pieces])
 
 
@@ -458,7 +467,7 @@ class LanguageModel(nn.Module):
             inputs = {"encoder_outputs": (states[None],), "decoder_inputs_embeds": states[None]}
         else:
             inputs = {"inputs_embeds": states[None]}
-        return self._head[0](**inputs, use_cache=False).logits[0]
+        return self._head[0](**inputs, use_cache=False).logits.squeeze(0)
 
     def _states(self, trunk, ids, mask, encoder_states=None, encoder_mask=None, cache=None, use_cache=False,
                 position_ids=None):
@@ -490,7 +499,8 @@ class LanguageModel(nn.Module):
         logprobs = rules(self.logits(states), previous, index).log_softmax(-1)
         chosen = logprobs.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():
-            entropy = torch.special.entr(logprobs.exp()).sum(-1) if with_entropy else chosen.detach()
+            # a forbidden token's log-prob is -inf, and its term 0
+            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1) if with_entropy else chosen.detach()
         return chosen, entropy
 
     def forward(
@@ -521,7 +531,7 @@ class LanguageModel(nn.Module):
         size = max(1, CHUNK // self.lm.get_output_embeddings().weight.shape[0])
         pieces = [piece.split(size) for piece in (states, targets, previous, index)]
         if len(pieces[0]) > 1 and torch.is_grad_enabled():
-            score = functools.partial(checkpoint, self._score, use_reentrant=False)
+            score = functools.partial(checkpoint, self._score, use_reentrant=False, preserve_rng_state=False)
         else:
             score = self._score
         logprobs, entropy = (torch.cat(part) for part in zip(*(score(*part, rules, with_entropy)

@@ -1,0 +1,256 @@
+"""Two programs on the same work, in turn, on one machine: what the benchmarks of speed are made of.
+
+Each side runs in its own process, which waits while the other works. After a warm-up the two take turns (A B, B A, ...),
+so that a machine whose speed drifts drifts for both. Beside the ratio of each pair stand the floor, the counted
+floating-point operations over the matmul rate, or the bytes over the bandwidth if that takes longer, both measured
+between the pairs, and the peak of each process's memory.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+COUNTS = ("tokens", "updates", "samples")  # what both sides must have done alike
+
+
+def parser(document: str, **defaults) -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks share."""
+    flags = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--pairs", type=int, default=defaults.get("pairs", 5), help="pairs of runs")
+    flags.add_argument("--threads", type=int, default=1, help="threads of each side")
+    flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what both compute in")
+    flags.add_argument("--json", default=None, help="where the figures go; benchmarks/results/NAME.json by default")
+    return flags
+
+
+def peer(requirement: str) -> str:
+    """A folder with another release of a package, such as trl==1.12.0, for a side to put first in sys.path."""
+    folder = ROOT / "benchmarks" / ".peers" / requirement
+    if not folder.exists():
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}.tmp",
+                        requirement], check=True)
+        os.rename(f"{folder}.tmp", folder)
+    return str(folder)
+
+
+class Turns:
+    """A side's end of the pipe: `wait` returns when it is this side's turn, `done` hands over what the turn did."""
+
+    def __init__(self, pipe):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self.pipe, self.begun, self.updates = pipe, 0.0, 0
+        register_optimizer_step_post_hook(self._count)  # of any optimizer, on either side
+
+    def _count(self, *_):
+        self.updates += 1
+
+    def wait(self) -> None:
+        """Sleep until it is this side's turn; leave when there is none any more."""
+        if not self.pipe.recv():
+            sys.stdout.flush()
+            os._exit(0)
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak of the resident size starts anew
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+            sys.modules["torch"].cuda.reset_peak_memory_stats()
+        self.begun, self.updates = time.perf_counter(), 0
+
+    def done(self, **counts) -> None:
+        """End a turn: its seconds, its peak memory, and what it counted."""
+        torch = sys.modules["torch"]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.begun
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+        self.pipe.send({"seconds": seconds, "peak": peak, "updates": self.updates, **counts})
+
+    def tick(self, **counts) -> None:
+        """End a turn and wait for the next, for loops that are not ours."""
+        self.done(**counts)
+        self.wait()
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def _serve(role, config, threads, pipe, log):
+    os.environ.update(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                      HF_DATASETS_DISABLE_PROGRESS_BARS="1", CUDA_LAUNCH_BLOCKING="0")
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    import torch
+
+    torch.set_num_threads(threads)
+    role(config, Turns(pipe))
+
+
+def rate_of(threads: int, dtype: str, pipe) -> None:
+    """A side that measures the machine: floating-point operations of matmuls, and bytes copied, per second."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+    cuda, kind = torch.cuda.is_available(), getattr(torch, dtype)
+    device, size = ("cuda", 8192) if cuda else ("cpu", 1024)
+    a, b = (torch.randn(size, size, dtype=kind, device=device) for _ in range(2))
+    c, block = torch.empty_like(a), torch.zeros(2**28 if cuda else 2**25, dtype=torch.float32, device=device)
+    other = torch.zeros_like(block)
+
+    def per_second(work, amount):
+        work()
+        count, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < 0.4:
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            count += 1
+        return amount * count / (time.perf_counter() - begun)
+
+    while pipe.recv():
+        pipe.send({"flops": per_second(lambda: torch.mm(a, b, out=c), 2 * size**3),
+                   "bandwidth": per_second(lambda: other.copy_(block), 2 * block.numel() * 4)})
+
+
+def compare(
+    name: str, roles: dict[str, Callable], config: dict, *, pairs: int, threads: int, dtype: str = "float32",
+    flops: float = 0.0, moved: float = 0.0, unit: str = "tokens", alike: tuple[str, ...] = COUNTS,
+) -> dict:
+    """Run the two roles in turn and return what was measured; see `row`.
+
+    roles: name -> role(config, turns), ours first; a role sets up, then loops over turns.wait() and turns.done(counts),
+    or hands turns.tick to a loop of its own. flops, moved: operations and bytes that a turn of this work needs.
+    unit: the count that is reported per second. alike: the counts that must be equal, else the run is worth nothing.
+    """
+    spawn, sides = multiprocessing.get_context("spawn"), {}
+    folder = Path(os.environ.get("TMPDIR", "/tmp"))
+    for side, role in roles.items():
+        here, there = spawn.Pipe()
+        log = folder / f"{name}-{side}.log".replace(" ", "-").replace("/", "-")
+        process = spawn.Process(target=_serve, args=(role, config, threads, there, str(log)), daemon=True)
+        process.start()
+        there.close()
+        sides[side] = (here, process, log)
+    here, there = spawn.Pipe()
+    gauge = spawn.Process(target=rate_of, args=(threads, dtype, there), daemon=True)
+    gauge.start()
+
+    def turn(side):
+        pipe, _, log = sides[side]
+        try:
+            pipe.send(True)
+            return pipe.recv()
+        except (EOFError, BrokenPipeError):
+            sys.exit(f"{name}: {side} ended:\n" + log.read_text()[-3000:])
+
+    found, rates = {side: [] for side in roles}, []
+    for side in roles:  # warm-up: first shapes, compilation, the allocator
+        turn(side), turn(side)
+    for number in range(pairs):
+        here.send(True)
+        rates.append(here.recv())
+        for side in list(roles) if number % 2 == 0 else list(roles)[::-1]:
+            found[side].append(turn(side))
+        print(f"{name}, pair {number + 1}: "
+              + ", ".join(f"{side} {runs[-1]['seconds']:.2f} s" for side, runs in found.items()), file=sys.stderr)
+    here.send(False)
+    for pipe, process, _ in sides.values():
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send(False)
+        process.join(10)
+        process.kill()
+    first, second = found.values()
+    for count in alike:
+        for one, other in zip(first, second):
+            if one.get(count) != other.get(count):
+                sys.exit(f"{name}: not the same work: {one.get(count)} {count} against {other.get(count)}")
+    seconds = statistics.median(run["seconds"] for run in first)
+    matmuls, bandwidth = (statistics.median(rate[key] for rate in rates) for key in ("flops", "bandwidth"))
+    floor = max(flops / matmuls, moved / bandwidth)
+    ratios = [(one[unit] / one["seconds"]) / (other[unit] / other["seconds"]) for one, other in zip(first, second)]
+    result = {
+        "name": name, "config": {key: value for key, value in config.items() if not key.startswith("_")},
+        "unit": unit, "ratio": statistics.median(ratios), "ratios": ratios,
+        **{f"{side}_per_second": statistics.median(run[unit] / run["seconds"] for run in runs)
+           for side, runs in found.items()},
+        **{f"{side}_peak": statistics.median(run["peak"] for run in runs) for side, runs in found.items()},
+        "floor_seconds": floor, "share_of_floor": floor / seconds, "matmul_flops": matmuls, "bandwidth": bandwidth,
+        "runs": found, "threads": threads, "dtype": dtype}
+    return result
+
+
+def report(name: str, results: list[dict], path: str | None) -> None:
+    """Print one table of the results of `compare`, and write them with the machine and the commit as JSON."""
+    first, second = (key[: -len("_per_second")] for key in results[0] if key.endswith("_per_second"))
+    lines = [["work", "per second", first, second, "ratio (all pairs)", "of the floor", f"peak {first}",
+              f"peak {second}"]]
+    for result in results:
+        low, high = min(result["ratios"]), max(result["ratios"])
+        lines.append([result["name"], result["unit"], f"{result[first + '_per_second']:.4g}",
+                      f"{result[second + '_per_second']:.4g}", f"{result['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                      f"{result['share_of_floor']:.0%}", f"{result[first + '_peak'] / 2**20:.0f} MiB",
+                      f"{result[second + '_peak'] / 2**20:.0f} MiB"])
+    print_table(lines)
+    write(name, results, path)
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """Print rows of cells as a table that Markdown reads, too."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for number, line in enumerate(lines):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+        if not number:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def write(name: str, results, path: str | None) -> None:
+    """Write results as JSON, with the machine, the versions and the commit that they are of."""
+    import torch
+    import transformers
+
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu or platform.processor()
+    path = Path(path or ROOT / "benchmarks" / "results" / f"{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "benchmark": name, "device": device, "cores": os.cpu_count(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "commit": git.stdout.strip(), "command": " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(), "results": results}, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def gpt2_small(vocabulary: int = 50257) -> dict:
+    """The settings of a model of GPT-2 small's shape (Radford et al. 2019), without dropout."""
+    return dict(model_type="gpt2", vocab_size=vocabulary, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def forward_flops(config, tokens: int, scored: int, length: float) -> float:
+    """Floating-point operations of a forward over `tokens` tokens in rows of `length`, with logits for `scored` ones:
+    two for each weight of a matrix and token, and those of causal attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings().weight
+    blocks = sum(part.numel() for name, part in model.named_parameters()
+                 if part.ndim == 2 and part is not head and "emb" not in name and "wte" not in name and "wpe" not in name)
+    text = config.get_text_config()
+    attention = 2 * 2 * text.num_hidden_layers * text.hidden_size * length / 2
+    return tokens * (2 * blocks + attention) + scored * 2 * head.numel()
