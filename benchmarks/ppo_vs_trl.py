@@ -1,6 +1,7 @@
 """A PPO iteration against TRL 1.12.0, the last release with PPO: IMDB prompts, 40 new tokens, 4 epochs, 2 minibatches.
 
-    python benchmarks/ppo_vs_trl.py --model ../shared/data/models/imdb-gpt2-mini --prompts ../shared/data/imdb/train.jsonl.gz
+    D=../shared/data
+    python benchmarks/ppo_vs_trl.py --model $D/models/imdb-gpt2-mini --prompts $D/imdb/train.jsonl.gz
 
 Both sample 40 tokens behind 8 tokens of each prompt, score them by the same trivial function, and take 8 optimizer
 steps. TRL trains a second network for the value, which is its only way; ours is a head on the policy. Runs the given
@@ -28,7 +29,8 @@ def prompts_of(config: dict) -> tuple[object, list[str]]:
     texts = [row["text"] for row in read_rows(config["_prompts"], "--prompts")[:4000]]
     ids = [tokenizer(text)["input_ids"][:PROMPT] for text in texts]
     cut = [tokenizer.decode(row) for row in ids]
-    return tokenizer, [text for text, row in zip(cut, ids) if tokenizer(text)["input_ids"] == row and len(row) == PROMPT]
+    return tokenizer, [text for text, row in zip(cut, ids)
+                       if tokenizer(text)["input_ids"] == row and len(row) == PROMPT]
 
 
 def score(texts: list[str]) -> list[float]:
@@ -56,8 +58,8 @@ def ours(config: dict, turns) -> None:
     ppo.RunLog = Log
     ppo.train(
         ppo.arguments(
-            model=config["_model"], tokenizer=config["_tokenizer"], dtype=config["_dtype"], max_length=PROMPT + RESPONSE,
-            max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, total_episodes=1000 * batch, rollout_batch_size=batch,
+            model=config["_model"], tokenizer=config["_tokenizer"], dtype=config["_dtype"],
+            max_length=PROMPT + RESPONSE, max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, total_episodes=1000 * batch, rollout_batch_size=batch,
             batch_size=batch // MINIBATCHES, micro_batch_size=config["micro_batch"], ppo_epochs=EPOCHS,
             generation_batch_size=batch, num_eval_prompts=1, eval_every=10**6,
             output_dir=tempfile.mkdtemp(), **config["_ours"]),
@@ -158,8 +160,8 @@ def main():
             path = f"{folder}/gpt2-small"
             AutoModelForCausalLM.from_config(config).save_pretrained(path)
         config = AutoConfig.from_pretrained(path)
-        work = {"model": name, "batch": batch, "micro_batch": batch // MINIBATCHES, "prompt": PROMPT, "response": RESPONSE,
-                "epochs": EPOCHS, "minibatches": MINIBATCHES, "_model": path, "_tokenizer": args.model,
+        work = {"model": name, "batch": batch, "micro_batch": batch // MINIBATCHES, "prompt": PROMPT,
+                "response": RESPONSE, "epochs": EPOCHS, "minibatches": MINIBATCHES, "_model": path, "_tokenizer": args.model,
                 "_prompts": args.prompts, "_dtype": args.dtype, "_ours": json.loads(args.ours),
                 "_trl": json.loads(args.trl)}
         results.append(versus.compare(f"PPO {name}", {"ours": ours, "trl": trl}, work, pairs=args.pairs,

@@ -1,6 +1,6 @@
 """Two programs on the same work, in turn, on one machine: what the benchmarks of speed are made of.
 
-Each side runs in its own process, which waits while the other works. After a warm-up the two take turns (A B, B A, ...),
+Each side runs in its own process, which waits while the other works. After a warm-up they take turns (A B, B A, ...),
 so that a machine whose speed drifts drifts for both. Beside the ratio of each pair stand the floor, the counted
 floating-point operations over the matmul rate, or the bytes over the bandwidth if that takes longer, both measured
 between the pairs, and the peak of each process's memory.
@@ -249,8 +249,8 @@ def forward_flops(config, tokens: int, scored: int, length: float) -> float:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings().weight
-    blocks = sum(part.numel() for name, part in model.named_parameters()
-                 if part.ndim == 2 and part is not head and "emb" not in name and "wte" not in name and "wpe" not in name)
+    blocks = sum(part.numel() for module in model.modules() for part in module.parameters(recurse=False)
+                 if part.ndim == 2 and part is not head and not isinstance(module, torch.nn.Embedding))
     text = config.get_text_config()
     attention = 2 * 2 * text.num_hidden_layers * text.hidden_size * length / 2
     return tokens * (2 * blocks + attention) + scored * 2 * head.numel()

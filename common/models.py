@@ -66,7 +66,7 @@ def load_lm(path: str) -> PreTrainedModel:
     with _readable("--model", path):
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return fused(auto.from_pretrained(path, dtype=torch.float32).eval())
+        return fused(auto.from_pretrained(path, dtype=torch.float32)).eval()
 
 
 def fused(lm: PreTrainedModel) -> PreTrainedModel:
@@ -113,7 +113,7 @@ def new_lm(path: str, tokenizer, seed: int) -> PreTrainedModel:
             config.decoder_start_token_id = next((token for token in starts if token is not None), 0)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         torch.manual_seed(seed)
-        return fused(auto.from_config(config, dtype=torch.float32).eval())
+        return fused(auto.from_config(config, dtype=torch.float32)).eval()
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -476,6 +476,8 @@ class LanguageModel(nn.Module):
         With position_ids (B, T), lines hold several rows, and positions restart where one begins. transformers then
         keeps the rows apart, but only without a mask and without a cache; or the mask (B, T, T) does.
         """
+        if mask is not None and mask.ndim == 2 and cache is None and mask[:, 0].all():
+            mask = torch.ones_like(mask)  # padding is on the right, where causal attention does not look
         inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": use_cache}
         if cache is not None:
             inputs["past_key_values"] = cache
