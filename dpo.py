@@ -458,7 +458,7 @@ def pair_batches(
     """
     lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) + 1 for pair in pairs]
     if shared:
-        lines = pack(lengths, max(lengths))
+        lines = pack(lengths, max(lengths), dist.get_world_size())
     else:  # like lengths share a micro-batch
         lines = [[number] for number in sorted(range(len(pairs)), key=lengths.__getitem__)]
     mine, real = rank_rows(len(lines))
@@ -627,13 +627,13 @@ def load_models(
         freeze_below(lm, twin)
     elif args.num_layers_unfrozen != -1:
         train_top(lm, args.num_layers_unfrozen)
-    elif live:
-        twin = load_lm(path)
     model = LanguageModel(lm)
     shared = args.pack and shares_exactly(model, longest)
     if args.gradient_checkpointing:
         checkpoint_blocks(lm)
     prepare(model, dtype, device, **options)
+    if live and not args.lora_rank:  # a copy of the whole model is read when the policy has been sharded, not beside it
+        twin = twin or load_lm(path)
     reference = prepare(frozen(twin, dtype), dtype, device, **options) if twin else model
 
     def reference_logprobs(batch):

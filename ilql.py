@@ -565,8 +565,8 @@ def batch_loss_and_gradient(model: LanguageModel, batch: list[Trajectory], args:
                                 weight, args)
         # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
         (loss * world / count).backward()
-        sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
-    every = gather_rows([sums], world)
+        sums = {name: sums.get(name, 0.0) + value.double() for name, value in parts.items()}
+    every = gather_rows([{name: value.item() for name, value in sums.items()}], world)
     return {name: sum(rank_sums[name] for rank_sums in every) / count for name in sums}
 
 

@@ -515,9 +515,7 @@ def build(
     branch = top_copy(lm, args.num_value_layers, whole=False, detach=False) if args.num_value_layers else None
     if args.lora_rank:
         lora = add_lora(lm, args.lora_rank, args.lora_alpha)
-    elif args.num_layers_unfrozen == -1:
-        twin = load_lm(path)
-    else:
+    elif args.num_layers_unfrozen != -1:
         twin = top_copy(lm, args.num_layers_unfrozen, whole=True, detach=True)
         freeze_below(lm, twin)
     for module in filter(None, (lm, branch) if args.gradient_checkpointing else ()):
@@ -525,7 +523,8 @@ def build(
     model = LanguageModel(lm, branch=branch)
     model.heads["value"] = make_head(model.width, 1)
     prepare(model, dtype, device, **options)
-    reference = model if lora else prepare(frozen(twin, dtype), dtype, device, **options)
+    # a copy of the whole model is read when the policy has been sharded, not beside it
+    reference = model if lora else prepare(frozen(twin or load_lm(path), dtype), dtype, device, **options)
 
     def reference_logprobs(batch):
         with lora.disable_adapter() if lora else contextlib.nullcontext():
@@ -549,7 +548,8 @@ def update(
 ) -> dict[str, float]:
     """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over tokens and ranks."""
     world, sums, tokens_seen = dist.get_world_size(), {}, 0
-    largest = {"policy/ratio_max": 0.0, "policy/first_ratio_error": 0.0}
+    # on the device until the end, so that a micro-batch need not wait for the one before it
+    largest = dict.fromkeys(("policy/ratio_max", "policy/first_ratio_error"), torch.zeros((), device=device))
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     shuffles = [generator(args.seed, 3, state["step"], epoch) for epoch in range(args.ppo_epochs)]
     orders = [torch.randperm(len(prompts), generator=shuffle) for shuffle in shuffles]
@@ -571,17 +571,18 @@ def update(
             # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
             ((surrogate + args.vf_coef * error) * world / tokens).backward()
             parts |= {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **more}
-            sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
-            ratio = ((logprobs.detach() - old["logprobs"]).abs() * weight).max().exp().item()
-            largest["policy/ratio_max"] = max(largest["policy/ratio_max"], ratio)
+            sums = {name: sums.get(name, 0.0) + value.double() for name, value in parts.items()}
+            ratio = ((logprobs.detach() - old["logprobs"]).abs() * weight).max().exp()
+            largest["policy/ratio_max"] = ratio.maximum(largest["policy/ratio_max"])
             if number == 0:
-                largest["policy/first_ratio_error"] = max(largest["policy/first_ratio_error"], ratio - 1)
+                largest["policy/first_ratio_error"] = (ratio - 1).maximum(largest["policy/first_ratio_error"])
         rate = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
         norm = optimizer_step(optimizer, rate, args.max_grad_norm, state["step"], folder,
                               {"rows": minibatch, "prompts": prompts, "responses": responses, **data})
         state["updates"] += 1
         tokens_seen += tokens
         sums["optim/grad_norm"] = sums.get("optim/grad_norm", 0.0) + norm * tokens / world
+    sums, largest = ({name: float(value) for name, value in part.items()} for part in (sums, largest))
     every = gather_rows([(sums, largest)], world)
     return {**{name: sum(rank_sums[name] for rank_sums, _ in every) / tokens_seen for name in sums},
             **{name: max(rank_largest[name] for _, rank_largest in every) for name in largest},

@@ -316,8 +316,8 @@ def micro_batches(
     room: several examples share a line of at most this many tokens; None: each has a line of its own, padded.
     """
     lengths = [len(example.prompt) + len(example.output) for example in examples]
-    if room:  # at least a line for each rank
-        lines = pack(lengths, min(room, max(*lengths, -(-sum(lengths) // dist.get_world_size()))))
+    if room:
+        lines = pack(lengths, room, dist.get_world_size())
     else:  # like lengths share a micro-batch
         lines = [[row] for row in sorted(range(len(examples)), key=lengths.__getitem__)]
     mine, real = rank_rows(len(lines))

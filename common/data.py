@@ -4,6 +4,7 @@ import bisect
 import csv
 import functools
 import gzip
+import heapq
 import importlib
 import importlib.util
 import inspect
@@ -295,10 +296,15 @@ def chat_turns(
     return [(turns, [False, True] * len(spans))] if spans else []
 
 
-def pack(lengths: list[int], room: int) -> list[list[int]]:
-    """Row numbers in lines of at most `room` tokens: longest row first, each in the fullest line that it fits in."""
+def pack(lengths: list[int], room: int, ranks: int = 1) -> list[list[int]]:
+    """Row numbers in lines of at most `room` tokens: longest row first, each in the fullest line that it fits in.
+
+    The lines that ranks would lack for an equal share are not left empty where rows can be spread over them: then each
+    row goes to the line that has least, and all lines are shorter.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     lines, free = [], []  # free: space and number of each line, least space first
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for row in order:
         place = bisect.bisect_left(free, (lengths[row], -1))
         if place == len(free):
             free.append((room, len(lines)))
@@ -306,6 +312,15 @@ def pack(lengths: list[int], room: int) -> list[list[int]]:
         space, line = free.pop(place)
         lines[line].append(row)
         bisect.insort(free, (space - lengths[row], line))
+    count = min(len(lengths), -(-len(lines) // ranks) * ranks)
+    if count > len(lines):
+        heap, spread = [(0, line) for line in range(count)], [[] for _ in range(count)]
+        for row in order:
+            used, line = heapq.heappop(heap)
+            spread[line].append(row)
+            heapq.heappush(heap, (used + lengths[row], line))
+        if max(used for used, _ in heap) <= room:
+            return spread
     return lines
 
 

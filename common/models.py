@@ -66,16 +66,7 @@ def load_lm(path: str) -> PreTrainedModel:
     with _readable("--model", path):
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return fused(auto.from_pretrained(path, dtype=torch.float32)).eval()
-
-
-def fused(lm: PreTrainedModel) -> PreTrainedModel:
-    """The LM with each activation that transformers computes in several steps, GPT-2's among them, as one operation."""
-    for module in lm.modules():
-        for name, child in module.named_children():
-            if isinstance(child, (NewGELUActivation, FastGELUActivation)):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-    return lm
+        return auto.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def load_config(path: str):
@@ -113,7 +104,7 @@ def new_lm(path: str, tokenizer, seed: int) -> PreTrainedModel:
             config.decoder_start_token_id = next((token for token in starts if token is not None), 0)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         torch.manual_seed(seed)
-        return fused(auto.from_config(config, dtype=torch.float32)).eval()
+        return auto.from_config(config, dtype=torch.float32).eval()
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -401,6 +392,14 @@ def trunk_of(lm: PreTrainedModel) -> nn.Module:
     return lm.get_decoder()
 
 
+def fuse_activations(lm: nn.Module) -> None:
+    """Make each activation that transformers computes in several steps, GPT-2's among them, one operation."""
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if isinstance(child, (NewGELUActivation, FastGELUActivation)):
+                setattr(module, name, nn.GELU(approximate="tanh").eval())
+
+
 def make_head(width: int, outputs: int) -> nn.Sequential:
     """Linear(d, 2d), ReLU, Linear(2d, outputs) in fp32, as trlX's heads, but with a zero last layer: it starts at 0."""
     head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, outputs))
@@ -438,12 +437,14 @@ class TokenHead(nn.Sequential):
 class LanguageModel(nn.Module):
     """A transformers LM with small heads on its last hidden state, run as one module, so that FSDP has one root.
 
+    Its activations are fused, so that its numbers are those of the LM to rounding.
     heads: modules from hidden states (N, H) to (N, outputs), or `TokenHead`s; no gradient goes through frozen ones.
     branch: an optional copy of the trunk's top blocks (`top_copy`); the heads then read its hidden states instead.
     """
 
     def __init__(self, lm: PreTrainedModel, heads: dict[str, nn.Module] | None = None, branch: nn.Module | None = None):
         super().__init__()
+        fuse_activations(lm)
         self.lm = lm
         self.heads = nn.ModuleDict(heads or {})
         self.branch = branch

@@ -502,6 +502,130 @@ def test_adjusted_logits_are_what_is_sampled_from_and_reported():
         assert out.logprobs[0][step] == pytest.approx(adjusted.log_softmax(-1)[token].item(), abs=1e-5)
 
 
+# --- rows that wait, caches with room ---------------------------------------------------------------------------------
+
+REFILLED = [name for name in ARCHITECTURES if not name.startswith(("t5", "bart"))]  # whose rows join a running batch
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_wait_for_a_place_are_sampled_as_alone(architecture, size):
+    """Ragged prompts, ends all the time, far fewer places than rows: nobody's tokens change."""
+    model, numbers, rules, sizes = LanguageModel(tiny(architecture)), uniforms(30, 16), LogitRules(1.0, MANY_EOS), []
+    draw = torch.Generator().manual_seed(size)
+    prompts = [torch.randint(VOCABULARY, (1 + 3 * i % 7,), generator=draw).tolist() for i in range(30)]
+
+    def hook(logits, *_):
+        sizes.append(len(logits))
+        return logits
+
+    out = generate(model, prompts, numbers, rules, batch_size=size, adjust_logits=hook)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], numbers[row : row + 1], rules)
+        assert out.tokens[row] == alone.tokens[0] and out.finished[row] == alone.finished[0]
+        assert out.logprobs[row] == pytest.approx(alone.logprobs[0], abs=1e-4)
+    assert max(sizes) == size
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+def test_places_that_get_free_are_filled(architecture):
+    """A batch of 8 of which outputs end at any time: fewer steps than batch after batch would take."""
+    model, numbers, calls = LanguageModel(tiny(architecture)), uniforms(48, 20), []
+    prompts = [[i % VOCABULARY, (5 * i) % VOCABULARY] for i in range(48)]
+    rules = LogitRules(1.0, tuple(range(0, VOCABULARY, 9)))
+    whole = generate(model, prompts, numbers, rules, batch_size=8,
+                     adjust_logits=lambda logits, *_: calls.append(len(logits)) or logits)
+    chunks = [whole.tokens[i : i + 8] for i in range(0, 48, 8)]
+    assert len(calls) < 0.8 * sum(max(map(len, chunk)) for chunk in chunks)
+    assert sum(calls) < 1.35 * sum(map(len, whole.tokens)), "rows that have ended are computed on"
+
+
+def test_a_cache_does_not_keep_the_columns_of_rows_that_have_gone():
+    """Long prompts first: when they have left, the short ones do not drag their padding along."""
+    model, widths = LanguageModel(tiny("gpt2")), []
+    decode = model.decode
+
+    def watch(ids, mask, cache=None, **rest):
+        if cache is not None:
+            widths.append(mask.shape[1])
+            assert mask.shape[1] == cache.get_seq_length() + 1 and mask.any(0).all()
+        return decode(ids, mask, cache, **rest)
+
+    model.decode = watch
+    prompts = [[7] * 20] * 4 + [[5, 6]] * 12
+    generate(model, prompts, uniforms(16, 6), LogitRules(1.0, (2,)), batch_size=4)
+    assert max(widths) > 20 and widths[-1] <= 2 + 6
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5", "bart"])
+def test_equal_prompts_are_read_once(architecture):
+    model, read = LanguageModel(tiny(architecture)), []
+    decode = model.decode
+
+    def watch(ids, mask, cache=None, **rest):
+        if cache is None:
+            read.append(len(ids))
+        return decode(ids, mask, cache, **rest)
+
+    model.decode = watch
+    prompts = [PROMPTS[i % 2] for i in range(10)]
+    out = generate(model, prompts, uniforms(10, 6), LogitRules(1.0, MANY_EOS))
+    assert read == [2]
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], uniforms(10, 6)[row : row + 1], LogitRules(1.0, MANY_EOS))
+        assert out.tokens[row] == alone.tokens[0]
+        assert out.logprobs[row] == pytest.approx(alone.logprobs[0], abs=1e-4)
+    assert len(set(map(tuple, out.tokens))) > 4
+
+
+def test_tokens_are_written_into_the_cache_and_not_copied():
+    """Over 70 steps the buffers of a layer move twice, when their room is used up, and hold what a copy would hold."""
+    model, places = LanguageModel(tiny("llama")), set()
+    decode, caches = model.decode, []
+
+    def watch(ids, mask, cache=None, **rest):
+        out = decode(ids, mask, cache, **rest)
+        caches.append(out[2])
+        if cache is not None:
+            places.add(cache.layers[0].keys.data_ptr())
+        return out
+
+    model.decode = watch
+    (tokens,) = generate(model, [[5, 6, 7]], uniforms(1, 70)).tokens
+    assert len(tokens) == 70 and len(places) <= 2
+    with torch.no_grad():
+        whole = model.lm.model(torch.tensor([[5, 6, 7, *tokens[:-1]]]), use_cache=True).past_key_values
+    for layer, other in zip(caches[-1].layers, whole.layers):
+        assert close(layer.keys, other.keys) and close(layer.values, other.values)
+
+
+def test_a_rollout_runs_without_the_blocks_hooks_and_gives_them_back():
+    model = prepare(LanguageModel(tiny("gpt2")), torch.float32, CPU)
+    block = model.lm.transformer.h[0]
+    before = [dict(hooks) for hooks in (block._forward_pre_hooks, block._forward_hooks)]
+    assert all(before)
+    with unsharded(model):
+        assert not block._forward_pre_hooks and not block._forward_hooks
+    assert [dict(hooks) for hooks in (block._forward_pre_hooks, block._forward_hooks)] == before
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 97, 5000])
+def test_pick_inverts_the_distribution_token_by_token(count):
+    """Against the double sum; where the number lies on a boundary both neighbours would do."""
+    draw = torch.Generator().manual_seed(count)
+    logprobs = (3 * torch.randn(64, count, generator=draw)).log_softmax(-1)
+    logprobs[:, ::3] = -torch.inf  # forbidden tokens
+    logprobs[:, -1] = -1.0
+    numbers = torch.rand(64, generator=draw)
+    for row, token in enumerate(pick(logprobs, numbers).tolist()):
+        weights = [math.exp(value) for value in logprobs[row].tolist()]
+        level, below = numbers[row].item() * math.fsum(weights), math.fsum(weights[:token])
+        assert weights[token] > 0
+        assert below - 1e-6 <= level <= below + weights[token] + 1e-6
+    for number, token in ((0.0, 1 if count > 2 else 1), (1.0, count - 1)):
+        assert pick(logprobs, torch.full((64,), number)).tolist() == [token] * 64
+
+
 # --- sharded models ---------------------------------------------------------------------------------------------------
 
 

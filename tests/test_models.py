@@ -1,6 +1,7 @@
 """The training forward, references, LoRA and export against plain transformers, one row at a time."""
 
 import copy
+import math
 import os
 import random
 
@@ -11,6 +12,7 @@ import transformers
 from conftest import ARCHITECTURES, CONFIGS, VOCABULARY, char_tokenizer, tiny_lm
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 import common.models
 from common.cli import UserError
@@ -25,6 +27,7 @@ from common.models import (
     export,
     freeze_below,
     frozen,
+    fuse_activations,
     load_lm,
     load_tokenizer,
     make_head,
@@ -751,3 +754,53 @@ def test_loaded_models_are_float32_and_in_eval_mode(architecture, tmp_path):
     lm = load_lm(str(tmp_path))
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
     assert not any(module.training for module in lm.modules())
+
+
+# --- speed that must not change numbers -------------------------------------------------------------------------------
+
+
+def test_activations_in_one_operation_are_those_in_several():
+    """gelu_new, GPT-2's, and gelu_fast are the tanh form of GELU; loaded models have it as one operation."""
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.new, self.fast, self.relu = NewGELUActivation(), FastGELUActivation(), nn.ReLU()
+
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    plain, one = Holder(), Holder()
+    fuse_activations(one)
+    assert type(one.new) is type(one.fast) is nn.GELU and type(one.relu) is nn.ReLU
+    assert close(one.new(x), plain.new(x), 1e-12) and close(one.fast(x), plain.fast(x), 1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+def test_rows_padded_on_the_right_run_without_a_mask(architecture, monkeypatch):
+    """Causal attention hides what follows; rows padded on the left have a mask, and the numbers are the same."""
+    masks, attend = [], nn.functional.scaled_dot_product_attention
+
+    def watch(*args, attn_mask=None, **rest):
+        masks.append(attn_mask is not None)
+        return attend(*args, attn_mask=attn_mask, **rest)
+
+    model, rows = LanguageModel(tiny(architecture)), [[3, 4, 5, 6], [7, 8], [9]]
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watch)
+    found = []
+    for left in (False, True):
+        ids, mask = pad_rows(rows, 0, left=left)
+        masks.clear()
+        with torch.no_grad():
+            states, _ = model._states(trunk_of(model.lm), ids, mask)
+        assert masks and set(masks) == {left}
+        found.append(torch.cat([row[real] for row, real in zip(states, mask)]))
+    assert close(*found, 1e-5)
+
+
+def test_entropy_of_a_distribution_with_forbidden_tokens():
+    forbidden = torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.bool)
+    forbidden[:, 5:] = True
+    model = LanguageModel(tiny("gpt2"))
+    out = model(**collate([[1, 2]], [[3, 4, 1]], None, CPU), rules=LogitRules(logit_mask=forbidden))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    logprobs = model.lm(ids).logits[0, 1:, :5].log_softmax(-1)
+    expected = [-sum(p * math.log(p) for p in row) for row in logprobs.exp().tolist()]
+    assert out["entropy"].tolist() == pytest.approx(expected, abs=1e-5)

@@ -423,6 +423,25 @@ def test_pack_puts_every_row_in_one_line_that_has_room():
         assert sum(sorted(sums)[:2]) > room or len(sums) < 2, "two lines that would fit in one"
 
 
+def test_pack_spreads_rows_over_the_lines_that_ranks_would_lack():
+    """Lines are a multiple of the ranks where there are rows enough, and none is longer than without ranks."""
+    draw, better = random.Random(0), 0
+    for _ in range(300):
+        ranks, room = draw.randrange(2, 9), draw.randrange(20, 60)
+        lengths = [draw.randrange(1, room + 1) for _ in range(draw.randrange(1, 50))]
+        plain, lines = pack(lengths, room), pack(lengths, room, ranks)
+        assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
+        longest, before = (max(sum(lengths[row] for row in line) for line in some) for some in (lines, plain))
+        assert longest <= room
+        if lines != plain:
+            assert len(lines) == min(len(lengths), -(-len(plain) // ranks) * ranks)
+            better += longest < before
+        elif len(plain) % ranks and len(lengths) > len(plain):
+            assert len(plain) > 1  # it could not be done within the room
+    assert better > 80
+    assert pack([5, 3, 2], 10, 2) == [[0], [1, 2]]  # one line would do, for one rank
+
+
 # what two ranks compute: model, rows, what they train, room of a line
 RANKED = {
     "gpt2": ("gpt2", MIXED[:6], MIXED_LINES[:5], None),  # 5 lines: the last of rank 1 is a stand-in
