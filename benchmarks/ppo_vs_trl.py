@@ -59,7 +59,8 @@ def ours(config: dict, turns) -> None:
     ppo.train(
         ppo.arguments(
             model=config["_model"], tokenizer=config["_tokenizer"], dtype=config["_dtype"],
-            max_length=PROMPT + RESPONSE, max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, total_episodes=1000 * batch, rollout_batch_size=batch,
+            max_length=PROMPT + RESPONSE, max_new_tokens=RESPONSE, min_new_tokens=RESPONSE,
+            total_episodes=1000 * batch, rollout_batch_size=batch,
             batch_size=batch // MINIBATCHES, micro_batch_size=config["micro_batch"], ppo_epochs=EPOCHS,
             generation_batch_size=batch, num_eval_prompts=1, eval_every=10**6,
             output_dir=tempfile.mkdtemp(), **config["_ours"]),
@@ -161,9 +162,9 @@ def main():
             AutoModelForCausalLM.from_config(config).save_pretrained(path)
         config = AutoConfig.from_pretrained(path)
         work = {"model": name, "batch": batch, "micro_batch": batch // MINIBATCHES, "prompt": PROMPT,
-                "response": RESPONSE, "epochs": EPOCHS, "minibatches": MINIBATCHES, "_model": path, "_tokenizer": args.model,
-                "_prompts": args.prompts, "_dtype": args.dtype, "_ours": json.loads(args.ours),
-                "_trl": json.loads(args.trl)}
+                "response": RESPONSE, "epochs": EPOCHS, "minibatches": MINIBATCHES, "_model": path,
+                "_tokenizer": args.model, "_prompts": args.prompts, "_dtype": args.dtype,
+                "_ours": json.loads(args.ours), "_trl": json.loads(args.trl)}
         results.append(versus.compare(f"PPO {name}", {"ours": ours, "trl": trl}, work, pairs=args.pairs,
                                       threads=args.threads, dtype=args.dtype, unit="samples",
                                       flops=flops_of(config, batch)))

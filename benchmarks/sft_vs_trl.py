@@ -4,8 +4,8 @@
         --dataset $D/alpaca/train.jsonl.gz --small-tokenizer $D/tokenizers/gpt2
 
 A turn is one pass over --rows rows of Alpaca in --steps optimizer steps. TRL runs padded, with rows of like lengths
-together, and packed without padding (bfd), each with its own best micro-batch; "ours" packs rows into lines. Real tokens
-are those of prompts and outputs. Runs the given model, and one of GPT-2 small's shape with its 50,257 tokens.
+together, and packed without padding (bfd). Real tokens are those of prompts and outputs. Runs the given model, and one
+of GPT-2 small's shape with its 50,257 tokens.
 """
 
 import json
@@ -91,8 +91,8 @@ def trl(config: dict, turns) -> None:
         model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows_of(config)), callbacks=[Stop()],
         args=SFTConfig(
             output_dir=tempfile.mkdtemp(), max_length=LENGTH, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=-(-lines // micro), num_train_epochs=10**4, report_to="none", save_strategy="no",
-            logging_steps=10**6, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), learning_rate=1e-5,
+            gradient_accumulation_steps=-(-lines // micro), num_train_epochs=10**4, report_to="none",
+            save_strategy="no", logging_steps=10**6, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), learning_rate=1e-5,
             bf16=config["_dtype"] == "bfloat16", gradient_checkpointing=False, completion_only_loss=True, **options))
     collate = trainer.data_collator
 
@@ -113,7 +113,7 @@ def main():
     flags.add_argument("--rows", type=int, default=128)
     flags.add_argument("--steps", type=int, default=2, help="optimizer steps in a pass")
     flags.add_argument("--only", nargs="*", choices=("given", "gpt2-small", "padded", "packed"), default=[])
-    flags.add_argument("--ours", default='{"packing": "rows", "micro_batch_size": 4}', help="JSON of flags for sft.py")
+    flags.add_argument("--ours", default='{"micro_batch_size": 4}', help="JSON of flags for sft.py")
     flags.add_argument("--trl", default="{}", help="JSON of settings of SFTConfig")
     flags.add_argument("--trl-micro", type=int, default=8, help="TRL's rows, or lines, of a forward")
     args = flags.parse_args()

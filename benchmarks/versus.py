@@ -99,12 +99,10 @@ def _serve(role, config, threads, pipe, log):
     role(config, Turns(pipe))
 
 
-def rate_of(threads: int, dtype: str, pipe) -> None:
-    """A side that measures the machine: floating-point operations of matmuls, and bytes copied, per second."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def rates(dtype: str) -> dict[str, float]:
+    """What the machine does: floating-point operations of large matmuls, and bytes copied, per second."""
     import torch
 
-    torch.set_num_threads(threads)
     cuda, kind = torch.cuda.is_available(), getattr(torch, dtype)
     device, size = ("cuda", 8192) if cuda else ("cpu", 1024)
     a, b = (torch.randn(size, size, dtype=kind, device=device) for _ in range(2))
@@ -121,9 +119,17 @@ def rate_of(threads: int, dtype: str, pipe) -> None:
             count += 1
         return amount * count / (time.perf_counter() - begun)
 
+    return {"flops": per_second(lambda: torch.mm(a, b, out=c), 2 * size**3),
+            "bandwidth": per_second(lambda: other.copy_(block), 2 * block.numel() * 4)}
+
+
+def _gauge(threads: int, dtype: str, pipe) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
     while pipe.recv():
-        pipe.send({"flops": per_second(lambda: torch.mm(a, b, out=c), 2 * size**3),
-                   "bandwidth": per_second(lambda: other.copy_(block), 2 * block.numel() * 4)})
+        pipe.send(rates(dtype))
 
 
 def compare(
@@ -146,7 +152,7 @@ def compare(
         there.close()
         sides[side] = (here, process, log)
     here, there = spawn.Pipe()
-    gauge = spawn.Process(target=rate_of, args=(threads, dtype, there), daemon=True)
+    gauge = spawn.Process(target=_gauge, args=(threads, dtype, there), daemon=True)
     gauge.start()
 
     def turn(side):
@@ -157,12 +163,12 @@ def compare(
         except (EOFError, BrokenPipeError):
             sys.exit(f"{name}: {side} ended:\n" + log.read_text()[-3000:])
 
-    found, rates = {side: [] for side in roles}, []
+    found, measured = {side: [] for side in roles}, []
     for side in roles:  # warm-up: first shapes, compilation, the allocator
         turn(side), turn(side)
     for number in range(pairs):
         here.send(True)
-        rates.append(here.recv())
+        measured.append(here.recv())
         for side in list(roles) if number % 2 == 0 else list(roles)[::-1]:
             found[side].append(turn(side))
         print(f"{name}, pair {number + 1}: "
@@ -179,7 +185,7 @@ def compare(
             if one.get(count) != other.get(count):
                 sys.exit(f"{name}: not the same work: {one.get(count)} {count} against {other.get(count)}")
     seconds = statistics.median(run["seconds"] for run in first)
-    matmuls, bandwidth = (statistics.median(rate[key] for rate in rates) for key in ("flops", "bandwidth"))
+    matmuls, bandwidth = (statistics.median(rate[key] for rate in measured) for key in ("flops", "bandwidth"))
     floor = max(flops / matmuls, moved / bandwidth)
     ratios = [(one[unit] / one["seconds"]) / (other[unit] / other["seconds"]) for one, other in zip(first, second)]
     result = {

@@ -35,7 +35,7 @@ def init(seed: int | None) -> torch.device:
     """Join the process group (torchrun's, or a group of one), seed every generator alike, unless the seed is None, and
     return this rank's device."""
     cuda = torch.cuda.is_available()
-    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone has it
         # Give no memory back to the system: the pages of a large tensor, fresh at each step, cost as much as its sums
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
