@@ -139,7 +139,8 @@ def main():
             flops += 4 * versus.forward_flops(config, prompt + chosen + rejected + 2, chosen + rejected + 2,
                                               prompt + (chosen + rejected) / 2)  # policy, its backward, reference
         results.append(versus.compare(f"DPO {name}", {"ours": ours, "trl": trl}, given, pairs=args.pairs,
-                                      threads=args.threads, dtype=args.dtype, flops=flops, unit="samples"))
+                                      threads=args.threads, dtype=args.dtype, flops=flops, unit="samples",
+                                      alike=("samples", "updates")))
     versus.report("dpo_vs_trl", results, args.json)
 
 

@@ -118,7 +118,7 @@ def main():
             continue
         path, count = args.model, args.prompts
         if name == "gpt2-small":
-            path, count = f"{folder}/gpt2-small", args.batch
+            path, count = f"{folder}/gpt2-small", args.batch // 4
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**versus.gpt2_small())).save_pretrained(path)
         config = AutoConfig.from_pretrained(path)
         for kind, shape in (("ragged", dict(prompt=(4, 64), mean=args.mean, longest=args.longest)),

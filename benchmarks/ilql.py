@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import versus  # noqa: E402  (it puts the repository before this folder, so that ilql is not this file)
+import versus  # noqa: E402
 
-SHORTEST, LONGEST = 20, 160
+sys.path.insert(0, str(versus.ROOT))  # before this folder, so that `import ilql` does not find this file
+SHORTEST, LONGEST, RATE = 20, 160, 1e-5
 
 
 def batches_of(config: dict) -> list[list]:
@@ -52,7 +53,7 @@ def heads_of(width: int, vocabulary: int) -> dict:
     for name in ("q1", "q2", "target_q1", "target_q2"):
         heads[name] = TokenHead(width, vocabulary)
     for head in heads.values():
-        torch.nn.init.normal_(head[2].weight, std=0.05)
+        torch.nn.init.normal_(head[2].weight, std=0.02)
     for name in ("target_q1", "target_q2"):
         heads[name].requires_grad_(False)
     return heads
@@ -83,11 +84,11 @@ def ours(config: dict, turns) -> None:
     lm = load_lm(config["_model"])
     model = LanguageModel(lm, heads_of(lm.config.hidden_size, lm.config.vocab_size))
     prepare(model, getattr(torch, config["_dtype"]), device)
-    optimizer = adamw(model, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, 0.0)
+    optimizer = adamw(model, RATE, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, 0.0)
 
     def step(batch):
         loss = ilql.batch_loss_and_gradient(model, batch, args)["loss/total"]
-        norm = optimizer_step(optimizer, args.learning_rate, args.max_grad_norm, 0, folder, {})
+        norm = optimizer_step(optimizer, RATE, args.max_grad_norm, 0, folder, {})
         ilql.sync_targets(model, args.target_rate)
         return loss, norm
 
@@ -107,7 +108,7 @@ def eager(config: dict, turns) -> None:
     lm = AutoModelForCausalLM.from_pretrained(config["_model"], dtype=torch.float32).eval().to(device)
     heads = torch.nn.ModuleDict(heads_of(lm.config.hidden_size, lm.config.vocab_size)).to(device)
     trained = [*lm.parameters(), *(part for part in heads.parameters() if part.requires_grad)]
-    optimizer = torch.optim.AdamW(trained, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+    optimizer = torch.optim.AdamW(trained, RATE, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
                                   weight_decay=0.0)
 
     def collated(items):
@@ -211,7 +212,7 @@ def main():
     flags = versus.parser(__doc__)
     flags.add_argument("--model", required=True, help="path of a GPT-2-like model of a few million parameters")
     flags.add_argument("--rows", type=int, default=16, help="trajectories of a step; a quarter for GPT-2 small's shape")
-    flags.add_argument("--micro", type=int, default=8, help="trajectories of a forward; a quarter for GPT-2 small's")
+    flags.add_argument("--micro", type=int, default=8, help="trajectories of a forward; a half for GPT-2 small's")
     flags.add_argument("--steps", type=int, default=1, help="steps of a turn; one for GPT-2 small's shape")
     flags.add_argument("--heads", choices=("all", "actions"), default="all", help="where the plain step has its heads")
     flags.add_argument("--sort", action="store_true", help="give the plain step rows of like lengths together, too")
@@ -221,7 +222,7 @@ def main():
 
     results, folder = [], tempfile.mkdtemp()
     for name, rows, micro, steps in (("given", args.rows, args.micro, args.steps),
-                                     ("gpt2-small", max(1, args.rows // 4), max(1, args.micro // 4), 1)):
+                                     ("gpt2-small", max(1, args.rows // 4), max(1, args.micro // 2), 1)):
         if args.only not in (None, name):
             continue
         path = args.model

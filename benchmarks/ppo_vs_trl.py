@@ -149,7 +149,7 @@ def main():
     from common.models import load_tokenizer
 
     results, folder = [], tempfile.mkdtemp()
-    for name, batch in (("given", args.batch), ("gpt2-small", min(args.batch, 16))):
+    for name, batch in (("given", args.batch), ("gpt2-small", args.batch // 8)):
         if args.only not in (None, name):
             continue
         path = args.model

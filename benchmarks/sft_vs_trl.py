@@ -92,8 +92,9 @@ def trl(config: dict, turns) -> None:
         args=SFTConfig(
             output_dir=tempfile.mkdtemp(), max_length=LENGTH, per_device_train_batch_size=micro,
             gradient_accumulation_steps=-(-lines // micro), num_train_epochs=10**4, report_to="none",
-            save_strategy="no", logging_steps=10**6, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), learning_rate=1e-5,
-            bf16=config["_dtype"] == "bfloat16", gradient_checkpointing=False, completion_only_loss=True, **options))
+            save_strategy="no", logging_steps=10**6, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            learning_rate=1e-5, bf16=config["_dtype"] == "bfloat16", gradient_checkpointing=False,
+            completion_only_loss=True, **options))
     collate = trainer.data_collator
 
     def counted(examples):
@@ -147,7 +148,8 @@ def main():
             results.append(versus.compare(
                 f"SFT {name}, TRL {peer}", {"ours": ours, "trl": trl},
                 {**given, "peer": peer, "micro": micro, "_lines": -(-lines // args.steps)}, pairs=args.pairs,
-                threads=args.threads, dtype=args.dtype, flops=flops, alike=("samples",)))
+                threads=args.threads, dtype=args.dtype, flops=flops, near=("tokens",),
+                alike=("samples", "updates") if peer == "padded" else ("samples",)))
     versus.report("sft_vs_trl", results, args.json)
 
 

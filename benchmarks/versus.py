@@ -135,12 +135,14 @@ def _gauge(threads: int, dtype: str, pipe) -> None:
 def compare(
     name: str, roles: dict[str, Callable], config: dict, *, pairs: int, threads: int, dtype: str = "float32",
     flops: float = 0.0, moved: float = 0.0, unit: str = "tokens", alike: tuple[str, ...] = COUNTS,
+    near: tuple[str, ...] = (),
 ) -> dict:
     """Run the two roles in turn and return what was measured; see `row`.
 
     roles: name -> role(config, turns), ours first; a role sets up, then loops over turns.wait() and turns.done(counts),
     or hands turns.tick to a loop of its own. flops, moved: operations and bytes that a turn of this work needs.
-    unit: the count that is reported per second. alike: the counts that must be equal, else the run is worth nothing.
+    unit: the count that is reported per second. alike, near: the counts that must be equal, or within 2 %, else the run
+    is worth nothing.
     """
     spawn, sides = multiprocessing.get_context("spawn"), {}
     folder = Path(os.environ.get("TMPDIR", "/tmp"))
@@ -180,10 +182,10 @@ def compare(
         process.join(10)
         process.kill()
     first, second = found.values()
-    for count in alike:
+    for count, apart in [*((count, 0.0) for count in alike), *((count, 0.02) for count in near)]:
         for one, other in zip(first, second):
-            if one.get(count) != other.get(count):
-                sys.exit(f"{name}: not the same work: {one.get(count)} {count} against {other.get(count)}")
+            if abs(one[count] - other[count]) > apart * one[count]:
+                sys.exit(f"{name}: not the same work: {one[count]} {count} against {other[count]}")
     seconds = statistics.median(run["seconds"] for run in first)
     matmuls, bandwidth = (statistics.median(rate[key] for rate in measured) for key in ("flops", "bandwidth"))
     floor = max(flops / matmuls, moved / bandwidth)

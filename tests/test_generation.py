@@ -685,13 +685,14 @@ def test_a_rollout_that_fails_leaves_the_model_sharded():
     train(model, steps=1)
 
 
-def test_generation_in_bfloat16_reports_float32_log_probs_close_to_the_trainers():
-    model = prepare(LanguageModel(tiny("llama")), torch.bfloat16, CPU)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_in_bfloat16_reports_float32_log_probs_close_to_the_trainers(architecture):
+    model = prepare(LanguageModel(tiny(architecture)), torch.bfloat16, CPU)
     rules = LogitRules(0.7, MANY_EOS)
     with unsharded(model):
         out = generate(model, MANY, uniforms(12, 8), rules)
     with torch.no_grad():
-        logprobs = model(**collate(MANY, out.tokens, None, CPU), rules=rules)["logprobs"]
+        logprobs = model(**collate(MANY, out.tokens, model.start_id, CPU), rules=rules)["logprobs"]
     found = torch.tensor(sum(out.logprobs, []))
     assert (found - logprobs).abs().mean() < 0.1
     assert not torch.equal(found, found.bfloat16().float()), "the log-probs themselves were rounded"
