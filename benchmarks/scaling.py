@@ -14,11 +14,11 @@ told apart by phase, beside the number that there should be.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -68,9 +68,11 @@ class Enough(Exception):
 def make(folder: str, layers: int) -> None:
     """A model with random weights, and a tokenizer whose tokens are words."""
     import torch
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    transformers.logging.disable_progress_bar()
     core = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w1"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="w0", pad_token="w0").save_pretrained(folder)
@@ -81,9 +83,14 @@ def make(folder: str, layers: int) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def run_case(case: dict) -> None:
-    """Run a few steps of the script, and print what the timed ones took, on rank 0."""
+def run_case(case: dict, rank: int, port: int, log: str, pipe) -> None:
+    """Run a few steps of the script, as torchrun would, and send what the timed ones took."""
     import random
+
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case["processes"]),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
     import torch
     import torch.distributed as dist
@@ -125,7 +132,7 @@ def run_case(case: dict) -> None:
     path = case["model"]
     words = lambda length: " ".join(f"w{draw.randrange(1, VOCABULARY)}" for _ in range(length))  # noqa: E731
     shared = dict(model=path, micro_batch_size=MICRO, max_new_tokens=case["output"], output_dir=folder)
-    with contextlib.suppress(Enough), contextlib.redirect_stdout(sys.stderr):
+    with contextlib.suppress(Enough):
         if case["script"] == "ppo":
             ppo.train(
                 ppo.Args(**shared, min_new_tokens=case["output"], rollout_batch_size=case["batch"], ppo_epochs=EPOCHS,
@@ -138,38 +145,44 @@ def run_case(case: dict) -> None:
                     for _ in range(256)]
             sft.train(sft.Args(**shared, batch_size=case["batch"], epochs=10**4, held_out=0.0, num_eval_prompts=0,
                                eval_every=10**6), samples=rows)
-    if dist.get_rank() == 0:
-        peak = torch.cuda.max_memory_allocated() if cuda else versus._status("VmHWM")
-        print("RESULT " + json.dumps({"rollout": min(found["rollout"]), "update": min(found["update"]), "peak": peak,
-                                      "runs": found, "counts": counter.counts}), flush=True)
+    peak = torch.cuda.max_memory_allocated() if cuda else versus._status("VmHWM")
+    pipe.send({"rollout": min(found["rollout"]), "update": min(found["update"]), "peak": peak, "runs": found,
+               "counts": counter.counts})
     dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    dist.destroy_process_group()
 
 
 # --- all cases --------------------------------------------------------------------------------------------------------
 
 
-def measure(script: str, models: str, steps: int, threads: int, processes: int = 0, **changed) -> dict:
-    """A case in processes of its own; 0: one, without torchrun."""
-    case = {"script": script, "steps": steps, **BASE, **changed}
-    case["model"] = f"{models}/{case['layers']}"
+def measure(context, script: str, folder: str, steps: int, processes: int = 1, **changed) -> dict:
+    """A case in processes of its own: what rank 0 found, and the largest peak of all."""
+    case = {"script": script, "steps": steps * (3 if script == "sft" else 1), "processes": processes, **BASE, **changed}
+    case["model"] = f"{folder}/{case['layers']}"
     if not os.path.exists(case["model"]):
         make(case["model"], case["layers"])
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                   "TOKENIZERS_PARALLELISM": "false"}
-    begun = time.perf_counter()
-    ran = subprocess.run([sys.executable, *launch, __file__, "--case", json.dumps(case)], env=environment, text=True,
-                         capture_output=True)
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(f"{case}: ended:\n{ran.stdout[-1000:]}{ran.stderr[-3000:]}")
-    result = {**case, "processes": processes or 1, **json.loads(lines[0].removeprefix("RESULT "))}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks, found = [], []
+    for rank in range(processes):
+        here, there = context.Pipe(duplex=False)
+        log = f"{folder}/rank-{rank}.log"
+        process = context.Process(target=run_case, args=(case, rank, port, log, there), daemon=True)
+        process.start()
+        there.close()
+        ranks.append((here, process, log))
+    for here, _, log in ranks:
+        try:
+            found.append(here.recv())
+        except EOFError:
+            sys.exit(f"{case}: ended:\n" + Path(log).read_text()[-3000:])
+    for _, process, _ in ranks:
+        process.join()
+    result = {**case, **found[0], "peak": max(one["peak"] for one in found)}
     del result["model"]
-    print(f"{script} {changed or 'base'}{f' on {processes} processes' if processes else ''}: "
-          f"rollout {result['rollout']:.2f} s, update {result['update']:.2f} s, "
-          f"{time.perf_counter() - begun:.0f} s in all", file=sys.stderr)
+    print(f"{script} {changed or 'base'} on {processes}: rollout {result['rollout']:.2f} s, "
+          f"update {result['update']:.2f} s", file=sys.stderr)
     return result
 
 
@@ -214,17 +227,17 @@ def shown(measure: str, value: float) -> str:
 def main():
     """Run and report."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--steps", type=int, default=3, help="timed steps of a case")
+    flags.add_argument("--steps", type=int, default=4, help="timed steps of a case; thrice as many of SFT")
     flags.add_argument("--threads", type=int, default=1, help="threads of each process")
     flags.add_argument("--script", choices=("ppo", "sft"), help="one of the two")
     flags.add_argument("--only", choices=(*VARIED, "processes"), help="one of the quantities")
     flags.add_argument("--json", default=None, help="where the figures go; benchmarks/results/scaling.json by default")
-    flags.add_argument("--case", help=argparse.SUPPRESS)
     args = flags.parse_args()
-    if args.case:
-        return run_case(json.loads(args.case))
+    os.environ.update(OMP_NUM_THREADS=str(args.threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     import torch
 
+    context = multiprocessing.get_context("forkserver")  # cases begin with all imported, and nothing else
+    context.set_forkserver_preload(["ppo", "sft", "transformers.models.gpt2.modeling_gpt2"])
     folder, cases, fits = tempfile.mkdtemp(), [], []
     scripts = [args.script] if args.script else list(MEASURES)
     lines = [["script", "varied", "value", "rollout, s", "update, s", "peak, MiB"]]
@@ -242,7 +255,7 @@ def main():
             for value in VARIED[varied]:
                 key = json.dumps({**BASE, varied: value})
                 if key not in known:
-                    known[key] = measure(script, folder, args.steps, args.threads, **{varied: value})
+                    known[key] = measure(context, script, folder, args.steps, **{varied: value})
                     cases.append(known[key])
                 found.append((value, known[key]))
                 show(varied, value, known[key])
@@ -256,7 +269,7 @@ def main():
     counted, wrong = [["script", "processes", "phase", "micro-batches", "collectives", "counted", "expected"]], []
     for script in scripts if args.only in (None, "processes") else []:
         for processes in (1, 2) if torch.cuda.device_count() != 1 else (1,):  # NCCL wants a GPU for each
-            case = measure(script, folder, args.steps, args.threads, processes)
+            case = measure(context, script, folder, args.steps, processes)
             cases.append(case)
             show("processes", processes, case)
             wanted = case["expected"] = expected(script, BASE["layers"], processes)
