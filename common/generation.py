@@ -48,10 +48,11 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int = 0, top_p: f
         ordered, order = logprobs.softmax(-1).sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it already suffice
         logprobs = logprobs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+
     def find(weights, level):  # in float64, since a float32 sum may rise at a weight of 0
         sums = weights.double().cumsum(-1)
-        # below the total, so that the search ends at a positive weight
-        level = torch.minimum(level, sums[:, -1] * (1 - 1e-9))
+        # at least 0 and below the total, whatever was rounded, so that the search ends at a positive weight
+        level = torch.minimum(level.clamp(min=0), sums[:, -1] * (1 - 1e-9))
         place = torch.searchsorted(sums, level[:, None], right=True)
         return place[:, 0], level - (sums - weights).gather(1, place)[:, 0]
 
