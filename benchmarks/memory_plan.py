@@ -318,7 +318,7 @@ def train_step(plan: Plan, ledger: Ledger, model, reference, optimizer, batch: d
     """An optimizer step, whose last micro-batch is watched."""
     for number in reversed(range(micro_batches)):
         with ledger.watch(None if number else "update forward"):
-            out = model(**batch, **({} if plan.algorithm == "ppo" else {"with_entropy": False}))
+            out = model(**batch, with_entropy=False)
         with ledger.watch(None if number else "update reference"):
             if plan.algorithm == "dpo":
                 with torch.no_grad():
