@@ -37,24 +37,14 @@ def ours(config: dict, turns) -> None:
     """dpo.py, stopped after each pass."""
     import dpo
 
-    pairs, every = [0], config["steps"]
+    counts, every = {"samples": 0}, config["steps"]
     batches = dpo.pair_batches
 
     def counted(rows, *rest):
-        pairs[0] += len(rows)
+        counts["samples"] += len(rows)
         return batches(rows, *rest)
 
-    class Log(dpo.RunLog):
-        def metrics(self, step, values, show=()):
-            super().metrics(step, values, show)
-            if not step:
-                turns.wait()
-            elif step % every == 0:
-                turns.done(samples=pairs[0])
-                pairs[0] = 0
-                turns.wait()
-
-    dpo.pair_batches, dpo.RunLog = counted, Log
+    dpo.pair_batches, dpo.RunLog = counted, versus.stopped(dpo.RunLog, turns, every, counts)
     dpo.train(dpo.Args(
         model=config["_model"], tokenizer=config["_tokenizer"], dataset="given", held_out=0.0, num_eval_prompts=0,
         dtype=config["_dtype"], max_length=LENGTH, epochs=10**4, batch_size=config["rows"] // every, eval_every=10**9,
@@ -65,31 +55,18 @@ def trl(config: dict, turns) -> None:
     """TRL's DPOTrainer, stopped after each epoch."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(config["_tokenizer"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model, reference = (AutoModelForCausalLM.from_pretrained(config["_model"], dtype=torch.float32) for _ in range(2))
-    pairs, batch = [0], config["rows"] // config["steps"]
+    counts, batch = {"samples": 0}, config["rows"] // config["steps"]
     micro = min(config["micro"], batch)
-
-    class Stop(TrainerCallback):
-        begun = False
-
-        def on_epoch_begin(self, *_, **__):
-            if not self.begun:
-                turns.wait()
-            self.begun = True
-
-        def on_epoch_end(self, *_, **__):
-            turns.done(samples=pairs[0])
-            pairs[0] = 0
-            turns.wait()
 
     trainer = DPOTrainer(
         model=model, ref_model=reference, processing_class=tokenizer, train_dataset=Dataset.from_list(rows_of(config)),
-        callbacks=[Stop()], args=DPOConfig(
+        callbacks=[versus.stopped_epochs(turns, counts)], args=DPOConfig(
             output_dir=tempfile.mkdtemp(), max_length=LENGTH, per_device_train_batch_size=micro,
             gradient_accumulation_steps=batch // micro, num_train_epochs=10**4, report_to="none", save_strategy="no",
             logging_steps=10**6, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), learning_rate=1e-6,
@@ -97,7 +74,7 @@ def trl(config: dict, turns) -> None:
     collate = trainer.data_collator
 
     def counted(examples):
-        pairs[0] += len(examples)
+        counts["samples"] += len(examples)
         return collate(examples)
 
     trainer.data_collator = counted

@@ -131,6 +131,7 @@ def main():
             results.append(versus.compare(
                 f"{name}, {kind}", {"ours": ours, "transformers": transformers}, given, pairs=args.pairs,
                 threads=args.threads, dtype=args.dtype, flops=flops,
+                moved=versus.decode_bytes(config, count * tokens, args.batch, read + tokens / 2),
                 alike=("samples",) if kind == "ragged" else ("samples", "tokens")))
     versus.report("generation", results, args.json)
 

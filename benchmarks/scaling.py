@@ -145,7 +145,7 @@ def run_case(case: dict, rank: int, port: int, log: str, pipe) -> None:
                     for _ in range(256)]
             sft.train(sft.Args(**shared, batch_size=case["batch"], epochs=10**4, held_out=0.0, num_eval_prompts=0,
                                eval_every=10**6), samples=rows)
-    peak = torch.cuda.max_memory_allocated() if cuda else versus._status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else versus.resident_peak()
     pipe.send({"rollout": min(found["rollout"]), "update": min(found["update"]), "peak": peak, "runs": found,
                "counts": counter.counts})
     dist.barrier()

@@ -31,24 +31,15 @@ def ours(config: dict, turns) -> None:
     """sft.py, stopped after each pass."""
     import sft
 
-    tokens, every = [0], config["steps"]
+    counts, every = {"tokens": 0, "samples": 0}, config["steps"]
     batches = sft.micro_batches
 
     def counted(examples, *rest):
-        tokens[0] += sum(len(example.prompt) + len(example.output) for example in examples)
+        counts["tokens"] += sum(len(example.prompt) + len(example.output) for example in examples)
+        counts["samples"] += len(examples)
         return batches(examples, *rest)
 
-    class Log(sft.RunLog):
-        def metrics(self, step, values, show=()):
-            super().metrics(step, values, show)
-            if not step:
-                turns.wait()
-            elif step % every == 0:
-                turns.done(tokens=tokens[0], samples=config["rows"])
-                tokens[0] = 0
-                turns.wait()
-
-    sft.micro_batches, sft.RunLog = counted, Log
+    sft.micro_batches, sft.RunLog = counted, versus.stopped(sft.RunLog, turns, every, counts)
     sft.train(sft.Args(
         model=config["_model"], tokenizer=config["_tokenizer"], dataset="given", held_out=0.0, num_eval_prompts=0,
         dtype=config["_dtype"], max_length=LENGTH, epochs=10**4, batch_size=config["rows"] // every, eval_every=10**9,
@@ -59,13 +50,13 @@ def trl(config: dict, turns) -> None:
     """TRL's SFTTrainer, stopped after each epoch."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(config["_tokenizer"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(config["_model"], dtype=torch.float32)
-    options, tokens = dict(config["_trl"]), [0]
+    options, counts = dict(config["_trl"]), {"tokens": 0, "samples": 0}
     lines = config["rows"] // config["steps"]
     if config["peer"] == "packed":
         options |= dict(packing=True)
@@ -74,21 +65,9 @@ def trl(config: dict, turns) -> None:
         options |= dict(train_sampling_strategy="group_by_length")
     micro = min(config["micro"], lines)
 
-    class Stop(TrainerCallback):
-        begun = False
-
-        def on_epoch_begin(self, *_, **__):
-            if not self.begun:
-                turns.wait()
-            self.begun = True
-
-        def on_epoch_end(self, *_, **__):
-            turns.done(tokens=tokens[0], samples=config["rows"])
-            tokens[0] = 0
-            turns.wait()
-
     trainer = SFTTrainer(
-        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows_of(config)), callbacks=[Stop()],
+        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows_of(config)),
+        callbacks=[versus.stopped_epochs(turns, counts)],
         args=SFTConfig(
             output_dir=tempfile.mkdtemp(), max_length=LENGTH, per_device_train_batch_size=micro,
             gradient_accumulation_steps=-(-lines // micro), num_train_epochs=10**4, report_to="none",
@@ -98,7 +77,8 @@ def trl(config: dict, turns) -> None:
     collate = trainer.data_collator
 
     def counted(examples):
-        tokens[0] += sum(len(example["input_ids"]) for example in examples)
+        counts["tokens"] += sum(len(example["input_ids"]) for example in examples)
+        counts["samples"] += sum(len(example.get("seq_lengths", [0])) for example in examples)  # several of a line
         return collate(examples)
 
     trainer.data_collator = counted

@@ -73,7 +73,7 @@ def measure(shape: str, args) -> list[dict]:
         if cuda:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - begun) / args.repeats
-        peak = torch.cuda.max_memory_allocated() if cuda else versus._status("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if cuda else versus.resident_peak()
         return {"name": f"{name} {shape}", "unit": unit, "per_second": amount / seconds, "seconds": seconds,
                 "flops": flops, "moved": moved, "peak": peak, "world": world}
 

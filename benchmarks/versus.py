@@ -9,6 +9,7 @@ between the pairs, and the peak of each process's memory.
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import multiprocessing
 import os
@@ -74,7 +75,7 @@ class Turns:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.begun
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak()
         self.pipe.send({"seconds": seconds, "peak": peak, "updates": self.updates, **counts})
 
     def tick(self, **counts) -> None:
@@ -83,14 +84,45 @@ class Turns:
         self.wait()
 
 
-def _status(field: str) -> int:
+def resident_peak() -> int:
+    """The most bytes that were resident since the start, or since the peak was cleared."""
     with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def stopped(log: type, turns: Turns, every: int, counts: dict[str, int]) -> type:
+    """Our `RunLog` with a turn that ends after every so many steps; `counts` begins anew then."""
+    class Log(log):
+        def metrics(self, step, values, show=()):
+            super().metrics(step, values, show)
+            if step and step % every == 0:
+                turns.done(**counts)
+                counts.update(dict.fromkeys(counts, 0))
+            if step % every == 0:
+                turns.wait()
+
+    return Log
+
+
+def stopped_epochs(turns: Turns, counts: dict[str, int]):
+    """A callback for a trainer of transformers, with a turn that is an epoch; `counts` begins anew then."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            turns.wait()
+
+        def on_epoch_end(self, *_, **__):
+            turns.done(**counts)
+            counts.update(dict.fromkeys(counts, 0))
+            turns.wait()
+
+    return Stop()
 
 
 def _serve(role, config, threads, pipe, log):
     os.environ.update(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                      HF_DATASETS_DISABLE_PROGRESS_BARS="1", CUDA_LAUNCH_BLOCKING="0")
+                      HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
     import torch
@@ -248,17 +280,32 @@ def gpt2_small(vocabulary: int = 50257) -> dict:
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
-def forward_flops(config, tokens: int, scored: int, length: float) -> float:
-    """Floating-point operations of a forward over `tokens` tokens in rows of `length`, with logits for `scored` ones:
-    two for each weight of a matrix and token, and those of causal attention."""
+@functools.cache
+def _weights(settings: str) -> tuple[int, int]:
+    """How many weights the matrices of a model's blocks have, and its head."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(settings)))
     head = model.get_output_embeddings().weight
     blocks = sum(part.numel() for module in model.modules() for part in module.parameters(recurse=False)
                  if part.ndim == 2 and part is not head and not isinstance(module, torch.nn.Embedding))
+    return blocks, head.numel()
+
+
+def forward_flops(config, tokens: float, scored: float, length: float) -> float:
+    """Floating-point operations of a forward over `tokens` tokens in rows of `length`, with logits for `scored` ones:
+    two for each weight of a matrix and token, and those of causal attention."""
+    blocks, head = _weights(json.dumps(config.to_dict(), default=str))
     text = config.get_text_config()
     attention = 2 * 2 * text.num_hidden_layers * text.hidden_size * length / 2
-    return tokens * (2 * blocks + attention) + scored * 2 * head.numel()
+    return tokens * (2 * blocks + attention) + scored * 2 * head
+
+
+def decode_bytes(config, tokens: float, rows: int, read: float) -> float:
+    """Bytes that decoding so many tokens in float32 in a batch of `rows` must read: all weights for each step, and for
+    each token the keys and values of the `read` tokens before it, on average."""
+    text = config.get_text_config()
+    return 4 * (tokens / rows * sum(_weights(json.dumps(config.to_dict(), default=str)))
+                + tokens * read * 2 * text.num_hidden_layers * text.hidden_size)

@@ -220,26 +220,26 @@ def generate(
             fresh, logits, states = _begin(model, rows or [None], [prompts[row] for row in rows] or [[0]])
         else:
             logits, states, _ = model.decode(batch.previous[:, None], batch.mask, batch.cache, **batch.encoder)
-        at = fresh or batch
+        now = fresh or batch
         logits = logits.float()
         if adjust_logits:
-            logits = adjust_logits(logits, states, at.previous)
-        logprobs = rules(logits, at.previous, at.index).log_softmax(-1)
+            logits = adjust_logits(logits, states, now.previous)
+        logprobs = rules(logits, now.previous, now.index).log_softmax(-1)
         if rules.temperature:
-            numbers = torch.tensor([row or 0 for row in at.rows], device=device)
-            tokens = pick(logprobs, uniforms[numbers, at.index.clamp(max=limit - 1)], top_k, top_p)
+            numbers = torch.tensor([row or 0 for row in now.rows], device=device)
+            tokens = pick(logprobs, uniforms[numbers, now.index.clamp(max=limit - 1)], top_k, top_p)
         else:
             tokens = logprobs.argmax(-1)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        for place, (row, token, logprob) in enumerate(zip(at.rows, tokens.tolist(), chosen.tolist())):
+        for place, (row, token, logprob) in enumerate(zip(now.rows, tokens.tolist(), chosen.tolist())):
             if row is not None:
                 result.tokens[row].append(token)
                 result.logprobs[row].append(logprob)
                 result.finished[row] = token in rules.eos_ids or bool(stop and stop(result.tokens[row]))
                 if result.finished[row] or len(result.tokens[row]) == limit:
-                    at.rows[place] = None
-        at.previous, at.index = tokens, at.index + 1
-        at.mask = None if at.mask is None else pad(at.mask, (0, 1), value=True)
+                    now.rows[place] = None
+        now.previous, now.index = tokens, now.index + 1
+        now.mask = None if now.mask is None else pad(now.mask, (0, 1), value=True)
         if fresh:
             batch = batch.keep(fresh) if batch and batch.going() else fresh
         left = torch.tensor(len(batch.going()) + len(waiting))
