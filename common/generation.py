@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from common.cli import UserError
 from common.data import call, check_metrics
 from common.distributed import broadcast, gather_rows, generator, rank_rows, unsharded
+from common.graphs import FixedBatch
 from common.models import LanguageModel, LogitRules, collate, pad_rows
 
 
@@ -126,12 +127,15 @@ class _Batch:
     """(b,) the last token of each row, which is not yet in the cache"""
     index: torch.Tensor
     """(b,) how many tokens each row has been given"""
+    numbers: torch.Tensor
+    """(b,) which uniform numbers are each row's"""
     mask: torch.Tensor | None
     """(b, t) what is real in the cache and the token after it; None for an encoder-decoder model"""
     cache: object
     encoder: dict[str, torch.Tensor]
     joins: bool
     """whether rows can join: left-padded ones with plain layers"""
+    fixed = False
 
     def going(self) -> list[int]:
         """The places of the rows that have not ended."""
@@ -152,12 +156,25 @@ class _Batch:
             mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in masks])
         else:
             self.cache.batch_select_indices(at)
-        rows, previous, index = [self.rows[place] for place in places], self.previous[at], self.index[at]
+        rows, each = [self.rows[place] for place in places], [self.previous[at], self.index[at], self.numbers[at]]
         if fresh:
-            rows, previous = rows + fresh.rows, torch.cat([previous, fresh.previous])
-            index = torch.cat([index, fresh.index])
+            rows += fresh.rows
+            each = [torch.cat(pair) for pair in zip(each, (fresh.previous, fresh.index, fresh.numbers))]
         encoder = {name: tensor[at] for name, tensor in self.encoder.items()}
-        return _Batch(rows, previous, index, mask, self.cache, encoder, self.joins)
+        return _Batch(rows, *each, mask, self.cache, encoder, self.joins)
+
+    def step(self, model: LanguageModel, draw: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample a token for each row: the tokens (b,) and their log-probs (b,)."""
+        logits, states, _ = model.decode(self.previous[:, None], self.mask, self.cache, **self.encoder)
+        return self.append(*draw(logits, states, self.previous, self.index, self.numbers))
+
+    def append(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take these tokens for the last ones of the rows, and hand them on."""
+        self.previous, self.index = tokens, self.index + 1
+        if self.mask is not None:  # rows that have ended do not grow, or they would leave the model's positions
+            going = torch.tensor([row is not None for row in self.rows], device=tokens.device)
+            self.mask = torch.cat([self.mask, going[:, None]], 1)
+        return tokens, logprobs
 
 
 def _begin(model: LanguageModel, rows: list[int | None], texts: list[list[int]]) -> tuple:
@@ -177,7 +194,8 @@ def _begin(model: LanguageModel, rows: list[int | None], texts: list[list[int]])
         logits, states, previous = logits[at], states[at], previous[at]
         mask, encoder = None if mask is None else mask[at], {name: part[at] for name, part in encoder.items()}
     index = torch.zeros(len(rows), dtype=torch.long, device=device)
-    return _Batch(rows, previous, index, mask, cache, encoder, _with_room(cache)), logits, states
+    numbers = torch.tensor([row or 0 for row in rows], device=device)
+    return _Batch(rows, previous, index, numbers, mask, cache, encoder, _with_room(cache)), logits, states
 
 
 @torch.no_grad()
@@ -193,13 +211,15 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     adjust_logits: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     synced: bool = False,
+    fixed: bool | None = None,
 ) -> Generation:
     """Continue each prompt (non-empty ids) by at most `uniforms.shape[1]` tokens.
 
     uniforms: (B, max_new_tokens), see `noise`. rules: temperature (0 is greedy), end tokens, minimum length, mask.
     batch_size: most rows at a time; all by default. stop: see `stop_checker`. adjust_logits(logits (b, V), state
     (b, H), previous (b,)) -> logits, before the rules. synced: the model is sharded, so all ranks must take the same
-    number of steps, and begin all their prompts at once; else ranks may stop apart.
+    number of steps, and begin all their prompts at once; else ranks may stop apart. fixed: decode in shapes that do not
+    change, by CUDA graphs (see `FixedBatch`), where the cache allows it; on a GPU by default, and never when synced.
 
     Rows that have ended leave the batch, and the cache, once they are a quarter of it; prompts that wait take their
     places where the cache allows it. Equal prompts that begin together are read once.
@@ -209,8 +229,21 @@ def generate(
     if not limit or not (prompts or synced):
         return result
     uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, limit, device=device)
-    most = batch_size or max(1, len(prompts))
+    most = min(batch_size or len(prompts), len(prompts)) or 1
+    fixed = (device.type == "cuda" if fixed is None else fixed) and not synced and model.takes_positions
     waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths together
+
+    def draw(logits, states, previous, index, numbers):
+        logits = logits.float()
+        if adjust_logits:
+            logits = adjust_logits(logits, states, previous)
+        logprobs = rules(logits, previous, index).log_softmax(-1)
+        if rules.temperature:
+            tokens = pick(logprobs, uniforms[numbers, index.clamp(max=limit - 1)], top_k, top_p)
+        else:
+            tokens = logprobs.argmax(-1)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
     batch = None
     while True:
         free = most - (len(batch.going()) if batch else 0)
@@ -218,19 +251,10 @@ def generate(
         if batch is None or waiting and (free == most or batch.joins and 4 * free >= most):
             rows, waiting = sorted(waiting[:free]), waiting[free:]
             fresh, logits, states = _begin(model, rows or [None], [prompts[row] for row in rows] or [[0]])
+            tokens, chosen = fresh.append(*draw(logits, states, fresh.previous, fresh.index, fresh.numbers))
         else:
-            logits, states, _ = model.decode(batch.previous[:, None], batch.mask, batch.cache, **batch.encoder)
+            tokens, chosen = batch.step(model, draw)
         now = fresh or batch
-        logits = logits.float()
-        if adjust_logits:
-            logits = adjust_logits(logits, states, now.previous)
-        logprobs = rules(logits, now.previous, now.index).log_softmax(-1)
-        if rules.temperature:
-            numbers = torch.tensor([row or 0 for row in now.rows], device=device)
-            tokens = pick(logprobs, uniforms[numbers, now.index.clamp(max=limit - 1)], top_k, top_p)
-        else:
-            tokens = logprobs.argmax(-1)
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         for place, (row, token, logprob) in enumerate(zip(now.rows, tokens.tolist(), chosen.tolist())):
             if row is not None:
                 result.tokens[row].append(token)
@@ -238,16 +262,17 @@ def generate(
                 result.finished[row] = token in rules.eos_ids or bool(stop and stop(result.tokens[row]))
                 if result.finished[row] or len(result.tokens[row]) == limit:
                     now.rows[place] = None
-        now.previous, now.index = tokens, now.index + 1
-        now.mask = None if now.mask is None else pad(now.mask, (0, 1), value=True)
+        if fresh and batch is None and fixed and fresh.joins:
+            batch = FixedBatch(fresh.cache.layers, most, max(map(len, prompts)) + limit, device)
         if fresh:
-            batch = batch.keep(fresh) if batch and batch.going() else fresh
+            batch = batch.keep(fresh) if batch and (batch.going() or batch.fixed) else fresh
         left = torch.tensor(len(batch.going()) + len(waiting))
         if synced:
             dist.all_reduce(left, dist.ReduceOp.MAX)
         if not left:
             return result
-        if not (waiting and batch.joins) and len(batch.going()) <= 0.75 * len(batch.rows) and len(batch.rows) > 1:
+        if (not (waiting and batch.joins or batch.fixed) and len(batch.going()) <= 0.75 * len(batch.rows)
+                and len(batch.rows) > 1):
             batch = batch.keep()
 
 

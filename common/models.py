@@ -265,6 +265,11 @@ def check_logit_mask(mask, device: torch.device) -> torch.Tensor | None:
     return mask.to(device)
 
 
+@functools.cache
+def _on_device(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(ids, device=device)  # once, since a CUDA graph cannot hold the copy
+
+
 @dataclass(frozen=True)
 class LogitRules:
     """What turns logits into the policy's distribution. Sampler and training forward apply the same rules."""
@@ -290,7 +295,7 @@ class LogitRules:
             logits = logits.masked_fill(forbidden, -torch.inf)
         if self.min_new_tokens and self.eos_ids:
             early = torch.where(index < self.min_new_tokens, -torch.inf, 0.0)[:, None].expand(-1, len(self.eos_ids))
-            logits = logits.index_add(1, torch.tensor(self.eos_ids, device=logits.device), early)
+            logits = logits.index_add(1, _on_device(self.eos_ids, logits.device), early)
         return logits
 
 

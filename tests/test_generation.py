@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, VOCABULARY, bpe_tokenizer, char_tokenizer
+from conftest import ARCHITECTURES, CONFIGS, VOCABULARY, bpe_tokenizer, char_tokenizer
 from test_models import CPU, PROMPTS, close, tiny, train
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from common import graphs
 from common.distributed import generator, unsharded
 from common.generation import find_stop, generate, noise, pick, sample_texts, stop_checker
 from common.models import LanguageModel, LogitRules, collate, make_head, prepare
@@ -626,6 +628,67 @@ def test_pick_inverts_the_distribution_token_by_token(count):
         assert pick(logprobs, torch.full((64,), number)).tolist() == [token] * 64
 
 
+# --- shapes that do not change ----------------------------------------------------------------------------------------
+
+
+def traced(self, advance):
+    """In the place of a CUDA graph, which no CPU has: the tensor operations of one step, to be run again on the same
+    tensors without any of its Python. As there, what asks a tensor for its value fails or goes stale."""
+    changed = (self.previous, self.index, self.lengths, self.chosen)
+    saved = [tensor.clone() for tensor in changed]
+    graph = make_fx(lambda: advance())()
+    for tensor, before in zip(changed, saved):
+        tensor.copy_(before)
+    return graph
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_shapes_that_do_not_change_give_the_same_rows(architecture, replayed, monkeypatch):
+    """Ragged prompts, ends all the time, places taken again, wider graphs as rows grow, a head that moves logits."""
+    model, seen = LanguageModel(tiny(architecture)), []
+    monkeypatch.setattr(graphs, "NARROWEST", 4)
+    plain = graphs.FixedBatch._capture
+
+    def capture(self, advance):
+        seen.append(advance.args[-1])
+        return (traced if replayed else plain)(self, advance)
+
+    monkeypatch.setattr(graphs.FixedBatch, "_capture", capture)
+    model.heads["state"] = nn.Linear(model.width, VOCABULARY).requires_grad_(False)
+    draw = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(50, (1 + 3 * i % 7,), generator=draw).tolist() for i in range(30)]
+    rules = LogitRules(0.8, MANY_EOS, 2, row_masks(1, 50))
+    settings = dict(batch_size=5, top_p=0.9,
+                    adjust_logits=lambda logits, states, _: logits + model.heads["state"](states))
+    expected = generate(model, prompts, uniforms(30, 16), rules, **settings)
+    assert not seen
+    found = generate(model, prompts, uniforms(30, 16), rules, fixed=True, **settings)
+    assert found.tokens == expected.tokens and found.finished == expected.finished
+    assert sum(found.logprobs, []) == pytest.approx(sum(expected.logprobs, []), abs=1e-4)
+    plain_caches = architecture not in ("gemma2", "gemma3", "bloom", "t5", "t5_v1_1", "bart")
+    assert len(set(seen)) == len(seen) and (len(seen) >= 3) == plain_caches
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neox"])
+def test_rows_that_have_ended_stay_inside_the_models_positions(architecture, monkeypatch):
+    """Some end early and wait for others to end, beside rows that reach the last of 64 positions."""
+    model, steps = LanguageModel(tiny(architecture)), []
+    advance = graphs.FixedBatch._advance
+
+    def watch(self, *rest):
+        steps.append((self.rows[:], self.lengths.tolist()))
+        advance(self, *rest)
+
+    monkeypatch.setattr(graphs.FixedBatch, "_advance", watch)
+    prompts = [[7, 8, i % VOCABULARY] + [9] * 41 for i in range(150)]
+    numbers, stop = uniforms(150, 20), lambda ids: (7 * ids[0] + len(ids)) % 23 == 0  # the fewest end themselves
+    expected = generate(model, prompts, numbers, batch_size=16, stop=stop)
+    assert generate(model, prompts, numbers, batch_size=16, stop=stop, fixed=True).tokens == expected.tokens
+    idle = [length for rows, lengths in steps for row, length in zip(rows, lengths) if row is None]
+    assert max(idle) > 64, "the test has no row that would go on so far"
+
+
 # --- sharded models ---------------------------------------------------------------------------------------------------
 
 
@@ -645,6 +708,7 @@ def test_sharded_models_sample_the_same_and_train_on(architecture, held):
     prepare(model, torch.float32, CPU)
     with unsharded(model, keep_sharded=not held):
         out = generate(model, MANY, numbers, rules, synced=not held)
+        assert generate(model, MANY, numbers, rules, synced=not held, fixed=True).tokens == out.tokens
         if held:
             assert not any(isinstance(p, DTensor) for p in model.parameters()), "gathered again after the first forward"
     assert out.tokens == expected.tokens and out.finished == expected.finished
@@ -685,12 +749,13 @@ def test_a_rollout_that_fails_leaves_the_model_sharded():
     train(model, steps=1)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_generation_in_bfloat16_reports_float32_log_probs_close_to_the_trainers(architecture):
+def test_generation_in_bfloat16_reports_float32_log_probs_close_to_the_trainers(architecture, fixed):
     model = prepare(LanguageModel(tiny(architecture)), torch.bfloat16, CPU)
     rules = LogitRules(0.7, MANY_EOS)
     with unsharded(model):
-        out = generate(model, MANY, uniforms(12, 8), rules)
+        out = generate(model, MANY, uniforms(12, 8), rules, fixed=fixed)
     with torch.no_grad():
         logprobs = model(**collate(MANY, out.tokens, model.start_id, CPU), rules=rules)["logprobs"]
     found = torch.tensor(sum(out.logprobs, []))
