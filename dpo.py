@@ -35,6 +35,7 @@ any number of them.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -50,7 +51,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from common.cli import UserError, check_bounds, check_sampling, run
+from common.checkpoint import load_checkpoint, read_state, save_checkpoint
+from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     chat_ends,
     check_data,
@@ -68,19 +70,9 @@ from common.data import (
     start_token,
     window,
 )
-from common.distributed import (
-    adamw,
-    broadcast,
-    gather_rows,
-    generator,
-    init,
-    load_checkpoint,
-    optimizer_step,
-    rank_rows,
-    save_checkpoint,
-)
+from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
 from common.generation import evaluate_samples, try_out
-from common.metrics import RunLog, open_run, say, table
+from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
     LogitRules,
@@ -230,10 +222,14 @@ class Args:
     """steps between checkpoints; 0: none"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    keep_going: bool = False
+    """go on training when a checkpoint or a line of the log cannot be written, on a full disk for one"""
     output_dir: str | None = None
     """run directory; runs/SCRIPT-MODEL-SEED by default"""
     resume: str | None = None
     """auto, for the newest checkpoint of the run directory, or the path of a checkpoint"""
+    replay: str | None = None
+    """nonfinite-step-N of a run that stopped there: run that batch again, show which of its rows do it, and end"""
     seed: int = 1
     """seed of everything, the graph of random walks included"""
     track: bool = False
@@ -245,7 +241,8 @@ class Args:
 RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
     learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0, held_out=0.15)
-RESUMABLE = ("save_every", "keep_checkpoints", "max_steps", "output_dir", "resume", "track", "config")
+RESUMABLE = (
+    "save_every", "keep_checkpoints", "keep_going", "max_steps", "output_dir", "resume", "replay", "track", "config")
 
 
 def preset(args: Args) -> dict:
@@ -736,6 +733,8 @@ def train(
     random walks by default. Raises UserError for what the user can mend.
     """
     started, args = time.time(), args or (arguments() if pairs is None else Args())
+    if args.replay:
+        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
     check(args, pairs)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -831,7 +830,17 @@ def train(
         state |= load_checkpoint(checkpoint, model, optimizer)
         if state["data"] != checksums:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
-    log = RunLog(folder, args, state["step"], steps, args.track, started)
+
+    def save(name: str, batch: dict | None = None) -> str:
+        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                        args.keep_checkpoints, args.keep_going, batch)
+        return f"{folder}/{name}"
+
+    if args.replay:
+        batch = [Pair(*pair) for pair in torch.load(f"{args.replay}/batch.pt", weights_only=True)["pairs"]]
+        return replay(args.replay, optimizer, list(range(len(batch))), lambda rows: batch_metrics(
+            model, reference, [batch[row] for row in rows], shared, args)["loss"])
+    log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
     shown, outputs = ("accuracy", "optimality", "score", "kl"), []
     if not checkpoint:
         state["before"], outputs = evaluate()
@@ -841,6 +850,9 @@ def train(
         if outputs:
             say(table("before training", evenly(outputs, 5)))
     for step in range(state["step"], steps):
+        if stop_asked():
+            save(f"checkpoints/step-{state['step']}")
+            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         begun = time.time()
         places = range(state["samples"], min(state["samples"] + args.batch_size, total))
         batch = [data[shuffled(place, len(data), args.seed)] for place in places]
@@ -848,8 +860,8 @@ def train(
         if step == 0 and args.loss != "simpo":
             check_reference(found["gap"], dtype)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
-        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
-                              {"pairs": [[list(part) for part in pair] for pair in batch]})
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, found["loss"], step, functools.partial(
+            save, batch={"pairs": [[list(part) for part in pair] for pair in batch]}))
         state["step"], state["samples"] = step + 1, state["samples"] + len(batch)
         seconds = time.time() - begun
         read = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in batch)
@@ -863,14 +875,13 @@ def train(
             log.samples(state["step"], outputs)
             if metrics.get("eval/loss", math.inf) < state["best"]:
                 state["best"] = metrics["eval/loss"]
-                export(model, tokenizer, f"{folder}/checkpoints/best", lora)
+                export(model, tokenizer, f"{folder}/checkpoints/best", lora, keep_going=args.keep_going)
         log.metrics(state["step"], metrics, ("train/loss", "train/margin", *(f"eval/{name}" for name in shown)))
         if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
-            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
-                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
+            save(f"checkpoints/step-{state['step']}")
 
-    log.close()
     export(model, tokenizer, f"{folder}/model", lora)
+    log.close()
     if "after" in state and outputs:
         say(table("after training", evenly(outputs, 5)))
     after = state.get("after", state["before"])

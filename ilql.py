@@ -40,6 +40,7 @@ Sample from what it wrote:
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -52,7 +53,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError, check_bounds, check_sampling, run
+from common.checkpoint import load_checkpoint, read_state, save_checkpoint
+from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     chat_ends,
     check_data,
@@ -68,19 +70,9 @@ from common.data import (
     start_token,
     window,
 )
-from common.distributed import (
-    adamw,
-    gather_rows,
-    generator,
-    init,
-    load_checkpoint,
-    optimizer_step,
-    rank_rows,
-    save_checkpoint,
-    sharded_parameters,
-)
+from common.distributed import adamw, gather_rows, generator, init, optimizer_step, rank_rows, sharded_parameters
 from common.generation import evaluate_samples, noise, sample_texts, try_out
-from common.metrics import RunLog, open_run, say, table
+from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
     LogitRules,
@@ -228,10 +220,14 @@ class Args:
     """steps between checkpoints; 0: none"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    keep_going: bool = False
+    """go on training when a checkpoint or a line of the log cannot be written, on a full disk for one"""
     output_dir: str | None = None
     """run directory; runs/SCRIPT-MODEL-SEED by default"""
     resume: str | None = None
     """auto, for the newest checkpoint of the run directory, or the path of a checkpoint"""
+    replay: str | None = None
+    """nonfinite-step-N of a run that stopped there: run that batch again, show which of its rows do it, and end"""
     seed: int = 1
     """seed of everything, the graph of random walks included"""
     track: bool = False
@@ -244,8 +240,9 @@ RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config 
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=100, epochs=20, batch_size=100, micro_batch_size=100,
     learning_rate=1e-3, warmup_steps=10, tau=0.9, target_rate=0.1, beta=[0.0, 1.0, 100.0], eval_top_k=[10])
 RESUMABLE = (  # settings that may differ between a run and its resumption
-    "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track", "config",
-    "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded", "offload", "gradient_checkpointing")
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
+    "track", "config", "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded",
+    "offload", "gradient_checkpointing")
 AWAC_MOST = 100.0  # the largest weight of a token's language-model loss, as in IQL's code
 
 
@@ -699,6 +696,8 @@ def train(
     user can mend.
     """
     started, args = time.time(), args or (arguments() if samples is None else Args())
+    if args.replay:
+        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
     check(args, samples)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -790,7 +789,17 @@ def train(
         state |= load_checkpoint(checkpoint, model, optimizer)
         if state["data"] != found:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
-    log = RunLog(folder, args, state["step"], steps, args.track, started)
+
+    def save(name: str, batch: dict | None = None) -> str:
+        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                        args.keep_checkpoints, args.keep_going, batch)
+        return f"{folder}/{name}"
+
+    if args.replay:
+        batch = torch.load(f"{args.replay}/batch.pt", weights_only=True)["trajectories"]
+        return replay(args.replay, optimizer, list(range(len(batch))), lambda rows: batch_loss_and_gradient(
+            model, [Trajectory(*batch[row]) for row in rows], args)["loss/total"])
+    log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
     outputs = []
     if not checkpoint:
         state["before"], outputs = evaluate()
@@ -801,13 +810,16 @@ def train(
         if outputs:
             say(table("before training", evenly(outputs, 6)))
     for step in range(state["step"], steps):
+        if stop_asked():
+            save(f"checkpoints/step-{state['step']}")
+            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         begun = time.time()
         places = range(state["samples"], min(state["samples"] + args.batch_size, ahead))
         batch = [data[shuffled(place, len(data), args.seed)] for place in places]
         metrics = batch_loss_and_gradient(model, batch, args)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
-        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
-                              {"trajectories": [[list(part) for part in item] for item in batch]})
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, metrics["loss/total"], step, functools.partial(
+            save, batch={"trajectories": [[list(part) for part in item] for item in batch]}))
         if (step + 1) % args.sync_every == 0:
             sync_targets(model, args.target_rate)
             state["syncs"] += 1
@@ -826,14 +838,13 @@ def train(
             best = max(headline(state["after"]).values(), default=-math.inf)
             if best > state["best"]:
                 state["best"] = best
-                export(model, tokenizer, f"{folder}/checkpoints/best", lora, with_heads=True)
+                export(model, tokenizer, f"{folder}/checkpoints/best", lora, True, args.keep_going)
         log.metrics(state["step"], metrics, ("loss/total", "value/q", "value/v", *headline(state.get("after", {}))))
         if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
-            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
-                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
+            save(f"checkpoints/step-{state['step']}")
 
-    log.close()
     export(model, tokenizer, f"{folder}/model", lora, with_heads=True)
+    log.close()
     if "after" in state and outputs:
         say(table("after training", evenly(outputs, 6)))
     after = state.get("after", state["before"])

@@ -40,7 +40,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from common.cli import UserError, check_bounds, check_sampling, run
+from common.checkpoint import load_checkpoint, read_state, save_checkpoint
+from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     call,
     check_scores,
@@ -51,19 +52,9 @@ from common.data import (
     prompt_room,
     shuffled,
 )
-from common.distributed import (
-    adamw,
-    broadcast,
-    gather_rows,
-    generator,
-    init,
-    load_checkpoint,
-    optimizer_step,
-    rank_rows,
-    save_checkpoint,
-)
+from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
 from common.generation import evaluate_samples, noise, sample_texts, text_columns, try_out
-from common.metrics import RunLog, open_run, say, table
+from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
     LogitRules,
@@ -193,6 +184,8 @@ class Args:
     """KL (nats per output) that an adaptive coefficient steers to; none: fixed coefficient"""
     kl_horizon: int = 10000
     """episodes over which the adaptive coefficient moves"""
+    max_kl: float | None = None
+    """stop the run when the KL (nats per output) is more than this; none: never"""
     whiten_rewards: bool = False
     """divide the penalised token rewards by their standard deviation"""
 
@@ -227,10 +220,14 @@ class Args:
     """steps between checkpoints; 0: none"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    keep_going: bool = False
+    """go on training when a checkpoint or a line of the log cannot be written, on a full disk for one"""
     output_dir: str | None = None
     """run directory; runs/SCRIPT-MODEL-SEED by default"""
     resume: str | None = None
     """auto, for the newest checkpoint of the run directory, or the path of a checkpoint"""
+    replay: str | None = None
+    """nonfinite-step-N of a run that stopped there: run that batch again, show which of its rows do it, and end"""
     seed: int = 1
     """seed of everything, the graph of random walks included"""
     track: bool = False
@@ -246,9 +243,9 @@ PRESETS = {  # defaults that a task brings along; flags and --config win
     "sentiment": dict(prompts="stanfordnlp/imdb:train", eval_prompts="stanfordnlp/imdb:test", prompt_words=4),
 }
 RESUMABLE = (  # settings that may differ between a run and its resumption
-    "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track", "config",
-    "micro_batch_size", "generation_batch_size", "reward_batch_size", "reward_device", "reward_on", "shard_size",
-    "keep_sharded", "offload", "gradient_checkpointing")
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
+    "track", "config", "micro_batch_size", "generation_batch_size", "reward_batch_size", "reward_device",
+    "reward_on", "shard_size", "keep_sharded", "offload", "gradient_checkpointing")
 
 
 def preset(args: Args) -> dict:
@@ -268,8 +265,8 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         args,
         positive=("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "max_steps",
                   "learning_rate", "adam_epsilon", "max_grad_norm", "max_new_tokens", "temperature", "reward_clip",
-                  "generation_batch_size", "reward_batch_size", "kl_target", "kl_horizon", "eval_every", "eval_samples",
-                  "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size"),
+                  "generation_batch_size", "reward_batch_size", "kl_target", "kl_horizon", "max_kl", "eval_every",
+                  "eval_samples", "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size"),
         not_negative=("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value",
                       "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "missing_eos_penalty"),
         unit=("gamma", "lam", "adam_beta1", "adam_beta2"))
@@ -533,6 +530,43 @@ def build(
     return model, reference_logprobs, lora
 
 
+def add_gradient(
+    model: LanguageModel,
+    minibatch: list[int],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    data: dict[str, torch.Tensor],
+    rules: LogitRules,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Add the gradient of the loss of these rows of a rollout: a mean over their tokens, on all ranks. Returns of this
+    rank's the loss summed over tokens, sums for the log, and the largest ratio, from 1 in either direction."""
+    device, world = model.device, dist.get_world_size()
+    # on the device until the end, so that a micro-batch need not wait for the one before it
+    total, largest, sums = torch.zeros((), device=device), torch.ones((), device=device), {}
+    minibatch = sorted(minibatch, key=lambda row: len(prompts[row]) + len(responses[row]))  # like lengths together
+    tokens = data["mask"][minibatch].sum().item()  # the one denominator, known before the first backward
+    mine, real = rank_rows(len(minibatch))
+    for start in range(0, len(mine), args.micro_batch_size):
+        micro = slice(start, start + args.micro_batch_size)
+        rows = [minibatch[place] for place in mine[micro]]
+        inside = data["mask"][rows]  # (b, R); what follows is flat over its N tokens
+        weight = torch.tensor(real[micro])[:, None].expand_as(inside)[inside].to(device)
+        old = {name: data[name][rows][inside].to(device) for name in data}
+        batch = collate([prompts[row] for row in rows], [responses[row] for row in rows], model.start_id, device)
+        out = model(**batch, rules=rules, with_entropy=False)
+        logprobs, values = out["logprobs"], out["value"][:, 0]
+        surrogate, parts = policy_loss(logprobs, old["logprobs"], old["advantages"], weight, args.clip_range)
+        error, more = value_loss(values, old["values"], old["returns"], weight, args.clip_range_value)
+        loss = surrogate + args.vf_coef * error
+        (loss * world / tokens).backward()  # FSDP takes the mean of the ranks' gradients; times their number, a sum
+        parts |= {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **more}
+        sums = {name: sums.get(name, 0.0) + value.double() for name, value in parts.items()}
+        total += loss.detach()
+        largest = largest.maximum(((logprobs.detach() - old["logprobs"]).abs() * weight).max().exp())
+    return total, sums, largest
+
+
 def update(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -543,50 +577,29 @@ def update(
     state: dict,
     total_updates: int,
     args: Args,
-    folder: str,
-    device: torch.device,
+    rescue: Callable[..., str],
 ) -> dict[str, float]:
-    """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over tokens and ranks."""
-    world, sums, tokens_seen = dist.get_world_size(), {}, 0
-    # on the device until the end, so that a micro-batch need not wait for the one before it
-    largest = dict.fromkeys(("policy/ratio_max", "policy/first_ratio_error"), torch.zeros((), device=device))
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over tokens and ranks.
+    rescue(name, batch) saves what a step that is not finite was made of."""
+    world, sums, ratios, tokens_seen = dist.get_world_size(), {}, [], 0
     shuffles = [generator(args.seed, 3, state["step"], epoch) for epoch in range(args.ppo_epochs)]
     orders = [torch.randperm(len(prompts), generator=shuffle) for shuffle in shuffles]
-    for number, minibatch in enumerate(minibatch for order in orders for minibatch in order.split(args.batch_size)):
-        minibatch = sorted(minibatch.tolist(), key=lengths.__getitem__)  # like lengths share a micro-batch
-        tokens = data["mask"][minibatch].sum().item()  # the one denominator, known before the first backward
-        mine, real = rank_rows(len(minibatch))
-        for start in range(0, len(mine), args.micro_batch_size):
-            micro = slice(start, start + args.micro_batch_size)
-            rows = [minibatch[place] for place in mine[micro]]
-            inside = data["mask"][rows]  # (b, R); what follows is flat over its N tokens
-            weight = torch.tensor(real[micro])[:, None].expand_as(inside)[inside].to(device)
-            old = {name: data[name][rows][inside].to(device) for name in data}
-            batch = collate([prompts[row] for row in rows], [responses[row] for row in rows], model.start_id, device)
-            out = model(**batch, rules=rules, with_entropy=False)
-            logprobs, values = out["logprobs"], out["value"][:, 0]
-            surrogate, parts = policy_loss(logprobs, old["logprobs"], old["advantages"], weight, args.clip_range)
-            error, more = value_loss(values, old["values"], old["returns"], weight, args.clip_range_value)
-            # FSDP takes the mean of the ranks' gradients; times their number, it is the sum
-            ((surrogate + args.vf_coef * error) * world / tokens).backward()
-            parts |= {"loss/policy": surrogate.detach(), "loss/value": error.detach(), **more}
-            sums = {name: sums.get(name, 0.0) + value.double() for name, value in parts.items()}
-            ratio = ((logprobs.detach() - old["logprobs"]).abs() * weight).max().exp()
-            largest["policy/ratio_max"] = ratio.maximum(largest["policy/ratio_max"])
-            if number == 0:
-                largest["policy/first_ratio_error"] = (ratio - 1).maximum(largest["policy/first_ratio_error"])
+    for minibatch in (minibatch.tolist() for order in orders for minibatch in order.split(args.batch_size)):
+        loss, parts, ratio = add_gradient(model, minibatch, prompts, responses, data, rules, args)
         rate = learning_rate_at(state["updates"], total_updates, args.learning_rate, args.warmup_steps, args.schedule)
-        norm = optimizer_step(optimizer, rate, args.max_grad_norm, state["step"], folder,
-                              {"rows": minibatch, "prompts": prompts, "responses": responses, **data})
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, loss.item(), state["step"], functools.partial(
+            rescue, batch={"rows": minibatch, "prompts": prompts, "responses": responses, **data}))
         state["updates"] += 1
+        tokens = data["mask"][minibatch].sum().item()
         tokens_seen += tokens
-        sums["optim/grad_norm"] = sums.get("optim/grad_norm", 0.0) + norm * tokens / world
-    sums, largest = ({name: float(value) for name, value in part.items()} for part in (sums, largest))
-    every = gather_rows([(sums, largest)], world)
-    return {**{name: sum(rank_sums[name] for rank_sums, _ in every) / tokens_seen for name in sums},
-            **{name: max(rank_largest[name] for _, rank_largest in every) for name in largest},
-            "optim/learning_rate": rate}
+        ratios.append(ratio)
+        parts["optim/grad_norm"] = torch.tensor(norm * tokens / world)
+        sums = {name: sums.get(name, 0.0) + value.double() for name, value in parts.items()}
+    sums = {name: value.item() for name, value in sums.items()}
+    every = gather_rows([(sums, max(map(float, ratios)), float(ratios[0]) - 1)], world)
+    return {**{name: sum(rank_sums[name] for rank_sums, _, _ in every) / tokens_seen for name in sums},
+            "policy/ratio_max": max(largest for _, largest, _ in every),
+            "policy/first_ratio_error": max(error for _, _, error in every), "optim/learning_rate": rate}
 
 
 def train(
@@ -607,6 +620,8 @@ def train(
     random walks by default. Raises UserError for what the user can mend.
     """
     started, args = time.time(), args or arguments()
+    if args.replay:
+        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
     check(args, reward_fn)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -657,7 +672,22 @@ def train(
              "best": -math.inf}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
-    log = RunLog(folder, args, state["step"], steps, args.track, started)
+
+    def save(name: str, batch: dict | None = None) -> str:
+        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                        args.keep_checkpoints, args.keep_going, batch)
+        return f"{folder}/{name}"
+
+    if args.replay:
+        data = torch.load(f"{args.replay}/batch.pt", weights_only=True)
+        batch = [data.pop(name) for name in ("rows", "prompts", "responses")]
+
+        def mean_loss(rows):
+            loss, _, _ = add_gradient(model, rows, *batch[1:], data, rules, args)
+            return sum(gather_rows([loss.item()], dist.get_world_size())) / data["mask"][rows].sum().item()
+
+        return replay(args.replay, optimizer, batch[0], mean_loss)
+    log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
 
     def eval_scores(items, rows):
         scores = compute_scores(reward_fn, items, rows, tokenizer, args.reward_on)
@@ -675,6 +705,9 @@ def train(
         say(table("before training", samples[:: max(1, len(samples) // 5)][:5]))
     first_step = state["step"]
     for step in range(first_step, steps):
+        if stop_asked():
+            save(f"checkpoints/step-{state['step']}")
+            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         started = time.time()
 
         # rollout: sample outputs, score them, run policy, value and reference once over them
@@ -691,11 +724,19 @@ def train(
         if step == first_step:
             check_start(sampled, data, step, dtype)
         rollout_seconds = time.time() - started
+        kl = kl_penalty(data["logprobs"], data["ref_logprobs"], "k1")
+        mean_kl = (kl * mask).sum().item() / len(items)
+        if args.max_kl is not None and mean_kl > args.max_kl:
+            path = save(f"checkpoints/step-{step}")
+            raise UserError(f"step {step}: the KL to the reference is {mean_kl:.2f} nats an output, more than --max-kl "
+                            f"{args.max_kl:g}; the policy is in {path}. Raise --kl-coef or lower --learning-rate")
+        if stop_asked():  # a rollout is easily made again
+            save(f"checkpoints/step-{step}")
+            raise Terminated(f"told to end at step {step}; --resume auto goes on from there")
 
         # advantages: every rank has the whole rollout and computes the same numbers
         finished = [item["finished"] for item in items]
         scores, state["moments"] = shape_scores(raw, finished, state["moments"], args)
-        kl = kl_penalty(data["logprobs"], data["ref_logprobs"], "k1")
         rewards = token_rewards(scores, kl, mask, state["kl_coef"])
         metrics = {"rollout/reward": rewards.sum().item() / len(items)}
         if args.whiten_rewards:
@@ -704,13 +745,11 @@ def train(
         data["advantages"] = whiten(advantages, mask)
 
         # update
-        metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, folder,
-                          device)
+        metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, save)
         rounding = 1e-2 if dtype == torch.float32 else 0.5
         if step == first_step and not metrics["policy/first_ratio_error"] < rounding:
             raise UserError(f"the first ratio is off by {metrics['policy/first_ratio_error']:.3f}: the update's "
                             "forward disagrees with the rollout's, so this architecture is not handled rightly here")
-        mean_kl = (kl * mask).sum().item() / len(items)
         state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())
 
@@ -737,14 +776,13 @@ def train(
             reward = next(value for name, value in state["after"].items() if name.startswith("eval/reward"))
             if reward > state["best"]:
                 state["best"] = reward
-                export(model, tokenizer, f"{folder}/checkpoints/best", lora)
+                export(model, tokenizer, f"{folder}/checkpoints/best", lora, keep_going=args.keep_going)
         log.metrics(state["step"], metrics, ("rollout/score", "rollout/kl", "rollout/length", *state.get("after", ())))
         if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
-            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
-                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
+            save(f"checkpoints/step-{state['step']}")
 
-    log.close()
     export(model, tokenizer, f"{folder}/model", lora)
+    log.close()
     if state["step"] > first_step:
         say(table("after training", samples[:: max(1, len(samples) // 5)][:5]))
     after = state.get("after", state["before"])

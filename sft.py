@@ -26,6 +26,7 @@ any number of them.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -38,7 +39,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError, check_bounds, check_sampling, run
+from common.checkpoint import load_checkpoint, put_in_place, read_state, save_checkpoint
+from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     chat_ends,
     check_data,
@@ -53,20 +55,9 @@ from common.data import (
     start_token,
     window,
 )
-from common.distributed import (
-    adamw,
-    broadcast,
-    gather_rows,
-    generator,
-    init,
-    load_checkpoint,
-    optimizer_step,
-    put_in_place,
-    rank_rows,
-    save_checkpoint,
-)
+from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
 from common.generation import evaluate_samples, try_out
-from common.metrics import RunLog, open_run, say, table
+from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
     LogitRules,
@@ -202,10 +193,14 @@ class Args:
     """steps between checkpoints; 0: none"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
+    keep_going: bool = False
+    """go on training when a checkpoint or a line of the log cannot be written, on a full disk for one"""
     output_dir: str | None = None
     """run directory; runs/SCRIPT-MODEL-SEED by default"""
     resume: str | None = None
     """auto, for the newest checkpoint of the run directory, or the path of a checkpoint"""
+    replay: str | None = None
+    """nonfinite-step-N of a run that stopped there: run that batch again, show which of its rows do it, and end"""
     seed: int = 1
     """seed of everything, the graph of random walks included"""
     track: bool = False
@@ -218,8 +213,9 @@ RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config 
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=10, batch_size=50, micro_batch_size=50,
     learning_rate=1e-3, schedule="linear", warmup_steps=10)
 RESUMABLE = (  # settings that may differ between a run and its resumption
-    "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track", "config",
-    "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded", "offload", "gradient_checkpointing")
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
+    "track", "config", "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded",
+    "offload", "gradient_checkpointing")
 
 
 def preset(args: Args) -> dict:
@@ -422,6 +418,8 @@ def train(
     UserError for what the user can mend.
     """
     started, args = time.time(), args or (arguments() if samples is None else Args())
+    if args.replay:
+        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
     check(args, samples)
     device = init(args.seed)
     name = os.path.basename((args.model or args.from_config or "randomwalks").rstrip("/")).removesuffix(".json")
@@ -522,7 +520,17 @@ def train(
         state |= load_checkpoint(checkpoint, model, optimizer)
         if state["data"] != data:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
-    log = RunLog(folder, args, state["step"], steps, args.track, started)
+
+    def save(name: str, batch: dict | None = None) -> str:
+        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                        args.keep_checkpoints, args.keep_going, batch)
+        return f"{folder}/{name}"
+
+    if args.replay:
+        batch = [Example(*example) for example in torch.load(f"{args.replay}/batch.pt", weights_only=True)["examples"]]
+        return replay(args.replay, optimizer, list(range(len(batch))),
+                      lambda rows: batch_loss(model, [batch[row] for row in rows], room, args.micro_batch_size))
+    log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
     outputs = []
     if not checkpoint:
         state["before"], outputs = evaluate()
@@ -532,13 +540,16 @@ def train(
         if outputs:
             say(table("before training", evenly(outputs, 5)))
     for step in range(state["step"], steps):
+        if stop_asked():
+            save(f"checkpoints/step-{state['step']}")
+            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         begun = time.time()
         places = range(state["samples"], min(state["samples"] + args.batch_size, total))
         batch = [examples[shuffled(place, len(examples), args.seed)] for place in places]
         loss = batch_loss(model, batch, room, args.micro_batch_size)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
-        norm = optimizer_step(optimizer, rate, args.max_grad_norm, step, folder,
-                              {"examples": [[list(part) for part in example] for example in batch]})
+        norm = optimizer_step(optimizer, rate, args.max_grad_norm, loss, step, functools.partial(
+            save, batch={"examples": [[list(part) for part in example] for example in batch]}))
         state["step"], state["samples"] = step + 1, state["samples"] + len(batch)
         state["tokens"] += sum(sum(example.trained) for example in batch)
         seconds = time.time() - begun
@@ -552,14 +563,13 @@ def train(
             log.samples(state["step"], outputs)
             if metrics.get("eval/loss", math.inf) < state["best"]:
                 state["best"] = metrics["eval/loss"]
-                export(model, tokenizer, f"{folder}/checkpoints/best", lora)
+                export(model, tokenizer, f"{folder}/checkpoints/best", lora, keep_going=args.keep_going)
         log.metrics(state["step"], metrics, ("loss/lm", *state.get("after", ())))
         if args.save_every and (state["step"] % args.save_every == 0 or state["step"] == steps):
-            save_checkpoint(f"{folder}/checkpoints/step-{state['step']}", model, optimizer,
-                            {**state, "args": dataclasses.asdict(args)}, args.keep_checkpoints)
+            save(f"checkpoints/step-{state['step']}")
 
-    log.close()
     export(model, tokenizer, f"{folder}/model", lora)
+    log.close()
     if "after" in state and outputs:
         say(table("after training", evenly(outputs, 5)))
     after = state.get("after", state["before"])

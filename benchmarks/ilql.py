@@ -80,7 +80,7 @@ def ours(config: dict, turns) -> None:
     from common.distributed import adamw, init, optimizer_step
     from common.models import LanguageModel, load_lm, prepare
 
-    device, args, folder = init(1), ilql.Args(micro_batch_size=config["micro"]), tempfile.mkdtemp()
+    device, args = init(1), ilql.Args(micro_batch_size=config["micro"])
     lm = load_lm(config["_model"])
     model = LanguageModel(lm, heads_of(lm.config.hidden_size, lm.config.vocab_size))
     prepare(model, getattr(torch, config["_dtype"]), device)
@@ -88,7 +88,7 @@ def ours(config: dict, turns) -> None:
 
     def step(batch):
         loss = ilql.batch_loss_and_gradient(model, batch, args)["loss/total"]
-        norm = optimizer_step(optimizer, RATE, args.max_grad_norm, 0, folder, {})
+        norm = optimizer_step(optimizer, RATE, args.max_grad_norm, loss, 0, str)
         ilql.sync_targets(model, args.target_rate)
         return loss, norm
 

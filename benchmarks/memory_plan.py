@@ -328,7 +328,7 @@ def train_step(plan: Plan, ledger: Ledger, model, reference, optimizer, batch: d
             loss.backward()
         del out, loss
     with ledger.watch("optimizer"):
-        optimizer_step(optimizer, 1e-3, 1.0, 0, ".", {})
+        optimizer_step(optimizer, 1e-3, 1.0, 0.0, 0, str)
 
 
 def sample(ledger: Ledger, plan: Plan, model: LanguageModel, keep_sharded: bool) -> None:

@@ -79,7 +79,7 @@ def measure(shape: str, args) -> list[dict]:
 
     def step(model, optimizer, backward):
         backward()
-        optimizer_step(optimizer, 1e-6, 1.0, 0, "/tmp", {})
+        optimizer_step(optimizer, 1e-6, 1.0, 0.0, 0, str)
 
     one = versus.forward_flops(config, length, length - 1, length)
     found, batch = [], args.batch * world
@@ -124,7 +124,7 @@ def measure(shape: str, args) -> list[dict]:
         advantages, data["returns"] = ppo.gae(rewards, data["values"], data["mask"], 1.0, 0.95)
         data["advantages"] = ppo.whiten(advantages, data["mask"])
         ppo.update(policy, optimizer, starts, outputs, data, LogitRules(), {"step": 0, "updates": 0}, 10**6, settings,
-                   "/tmp", device)
+                   str)
 
     found.append(timed("PPO", "samples", batch, iterate, batch * scored * (1 + 2 + 3 * settings.ppo_epochs)))
     return found

@@ -7,10 +7,13 @@ import io
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 
+import torch
 import torch.distributed as dist
 import tyro
 import yaml
@@ -18,6 +21,10 @@ import yaml
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+class Terminated(BaseException):
+    """The run was told to end (SIGTERM), and has written a checkpoint. The message is one line."""
 
 
 def _flags_of(path: str, default) -> list[str]:
@@ -118,27 +125,73 @@ def check_sampling(args) -> None:
         raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
 
 
+# --- being told to end ------------------------------------------------------------------------------------------------
+
+GRACE = 25.0  # seconds; torchrun kills after 30
+
+
+class _Told:
+    """Whether SIGTERM has come, and whether somebody is there to ask."""
+
+    signal = loop = False
+
+
+def _watch() -> None:
+    """Note a SIGTERM, by a thread: the main one may be waiting in a collective for a rank that is no more."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Python's own, which the main thread would have to run
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen():
+        while signal.SIGTERM not in os.read(reader, 1):
+            pass
+        _Told.signal = True
+        if not _Told.loop:
+            print(f"{os.path.basename(sys.argv[0])}: told to end before the first step", file=sys.stderr, flush=True)
+            os._exit(143)
+        if dist.get_world_size() > 1:  # one process has nobody to wait for, and takes the time that it needs
+            time.sleep(GRACE)
+            os._exit(143)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def stop_asked() -> bool:
+    """Whether any process has been told to end, SIGTERM, since the first call. All must call, where a checkpoint can be
+    written: until the first call, SIGTERM ends a process at once."""
+    _Told.loop = True
+    told = torch.tensor(int(_Told.signal))
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def run(train, args_class, preset=None) -> None:
     """Run a script: parse the flags, train, and turn a `UserError` into one line on stderr and exit code 2.
 
-    A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others.
+    A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others. SIGTERM ends with
+    143, see `stop_asked`.
     """
-    code, message = 0, ""
+    code, message, script = 0, "", os.path.basename(sys.argv[0])
+    _watch()
     try:
         train(parse(args_class, preset))
     except UserError as error:
-        code, message = 2, f"{os.path.basename(sys.argv[0])}: error: {error}"
+        code, message = 2, f"{script}: error: {error}"
+    except Terminated as error:
+        code, message = 143, f"{script}: {error}" if not int(os.environ.get("RANK", 0)) else ""
     except KeyboardInterrupt:
-        code, message = 130, f"{os.path.basename(sys.argv[0])}: interrupted; --resume auto goes on from a checkpoint"
+        code, message = 130, f"{script}: interrupted; --resume auto goes on from a checkpoint"
     except Exception:
-        code, message = 1, traceback.format_exc()
+        code, message = (143, "") if _Told.signal else (1, traceback.format_exc())  # others were told, and are gone
     if code:
         rank = int(os.environ.get("RANK", 0))
-        if rank:
+        if rank and message:
             # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
             # they repeat it; a mistake of this rank alone is still shown.
             time.sleep(2)
-        print((f"[rank {rank}] " if rank else "") + message, file=sys.stderr, flush=True)
+        if message:
+            print((f"[rank {rank}] " if rank else "") + message, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -1,18 +1,16 @@
-"""Process group, device, seeds, FSDP2 sharding, gathers, checkpoints. One code path for one and for many processes."""
+"""Process group, device, seeds, FSDP2 sharding, gathers. One code path for one and for many processes."""
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import random
-import shutil
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -189,22 +187,35 @@ def adamw(
     return torch.optim.AdamW(groups, learning_rate, betas, epsilon, fused=True)
 
 
+def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Clip the gradient, on all ranks, to this norm; return its norm before."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, step: int, folder: str, batch: dict
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    max_grad_norm: float,
+    loss: float,
+    step: int,
+    rescue: Callable[[str], str],
 ) -> float:
     """Clip the gradient to max_grad_norm, step at learning_rate, clear the gradient; return its norm before clipping.
 
-    Raises UserError for a gradient that is not finite, before anything is changed, with `batch` saved in `folder`.
+    Raises UserError for a gradient or a loss, of any rank, that is not finite, before anything is changed;
+    rescue(name) saves the batch and the state under this name and returns their path.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    if not math.isfinite(norm):
-        path = f"{folder}/nonfinite-step-{step}.pt"
-        if dist.get_rank() == 0:
-            torch.save(batch, path)
-        raise UserError(f"step {step}: the gradient is {norm}; its batch is in {path}, nothing else was written. "
-                        "Lower --learning-rate, or look at the data and the scores")
+    norm = clip_gradient(optimizer, max_grad_norm)
+    whole = torch.tensor(norm + loss, dtype=torch.float64)
+    dist.all_reduce(whole)
+    if not math.isfinite(whole.item()):
+        what = "loss is not finite" if math.isfinite(norm) else f"gradient is {norm}"
+        path = rescue(f"nonfinite-step-{step}")
+        raise UserError(f"step {step}: the {what}; its batch and the state before it are in {path}, nothing else was "
+                        f"written: --replay {path} shows the rows. Lower --learning-rate, or look at the data and the "
+                        "scores")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
@@ -220,102 +231,3 @@ def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
         if dist.get_rank() == 0:
             whole[name] = tensor.detach().cpu()
     return whole
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All trained parameters with their Adam state, and the frozen ones of heads, such as target networks, by name. The
-    tensors are the live ones: loading writes into them."""
-    tensors = {}
-    for name, parameter in sharded_parameters(model).items():
-        if name.startswith("heads.") and not parameter.requires_grad:
-            tensors[f"model.{name}"] = parameter.detach()
-        if parameter.requires_grad:
-            if not optimizer.state[parameter]:
-                moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter].update(step=torch.zeros((), device=parameter.device), **moments)
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    return tensors
-
-
-def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> None:
-    """Write trained weights, optimizer, random states and the loop's `state` (JSON values) to the folder `path`.
-
-    Frozen weights, but for those of heads, are not written: they are those of the model that the run starts from. All
-    files go to a temporary folder that is renamed at the end, so that a folder called `path` is always whole. Weights
-    are safetensors. Beside it, only the newest `keep` checkpoints stay.
-    """
-    if dist.get_rank() == 0:
-        shutil.rmtree(path + ".tmp", ignore_errors=True)
-        os.makedirs(path + ".tmp")
-    dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(path + ".tmp", save_distributed=True)
-    dcp.save(_tensors(model, optimizer), storage_writer=writer)
-    version, words, *numbers = np.random.get_state()
-    rng = {"torch": torch.get_rng_state().tolist(), "python": random.getstate()}
-    rng["numpy"] = [version, words.tolist(), *numbers]
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state().tolist()
-    with open(f"{path}.tmp/random-{dist.get_rank()}.json", "w") as file:
-        json.dump(rng, file)
-    if dist.get_rank() == 0:
-        with open(f"{path}.tmp/state.json", "w") as file:
-            json.dump(state, file, indent=1)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        put_in_place(path)
-        for old in checkpoints(os.path.dirname(path))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def put_in_place(path: str) -> None:
-    """Rename the folder `path`.tmp to `path`, which may exist: it goes only when the new one is there."""
-    shutil.rmtree(path + ".old", ignore_errors=True)
-    if os.path.exists(path):
-        os.replace(path, path + ".old")
-    os.replace(path + ".tmp", path)
-    shutil.rmtree(path + ".old", ignore_errors=True)
-
-
-def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Read a checkpoint back into the model, the optimizer and the random generators, and return the loop's state.
-
-    Any number of ranks can read what any number of ranks wrote. Raises UserError when it is not a whole checkpoint of
-    this model.
-    """
-    try:
-        state = read_state(path)
-        dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path))
-    except (OSError, ValueError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--resume {path}: not a whole checkpoint of this model ({reason}); choose another") from None
-    random_file = f"{path}/random-{dist.get_rank()}.json"
-    if os.path.exists(random_file):  # absent for ranks that the saving run did not have
-        with open(random_file) as file:
-            rng = json.load(file)
-        torch.set_rng_state(torch.tensor(rng["torch"], dtype=torch.uint8))
-        random.setstate(tuple(tuple(part) if isinstance(part, list) else part for part in rng["python"]))
-        np.random.set_state(tuple(rng["numpy"]))
-        if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(rng["cuda"], dtype=torch.uint8))
-    return state
-
-
-def read_state(path: str) -> dict:
-    """The loop's state of a checkpoint, without its weights. Raises UserError when there is none."""
-    try:
-        with open(f"{path}/state.json") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume {path}: no checkpoint there ({type(error).__name__})") from None
-
-
-def checkpoints(folder: str) -> list[str]:
-    """The step-N checkpoints in `folder`, oldest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
-    return [os.path.join(folder, f"step-{step}") for step in steps]

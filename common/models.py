@@ -42,8 +42,9 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
+from common.checkpoint import attempt, put_in_place
 from common.cli import UserError
-from common.distributed import block_lists, full_state_dict, put_in_place, shard
+from common.distributed import block_lists, full_state_dict, shard
 
 transformers.logging.disable_progress_bar()  # the run has its own
 # it advises a mask where rows share a line, which must have none
@@ -201,14 +202,19 @@ def checkpoint_blocks(lm: nn.Module) -> None:
         block.forward = forward
 
 
-def export(model: "LanguageModel", tokenizer, folder: str, lora=None, with_heads: bool = False) -> None:
+def export(
+    model: "LanguageModel", tokenizer, folder: str, lora=None, with_heads: bool = False, keep_going: bool = False
+) -> None:
     """Write the model and its tokenizer in Hugging Face format: plain `from_pretrained(folder)` gives identical logits.
 
     With `lora` (peft's wrapper) the adapters are merged into the weights, and stand by themselves in `folder/adapter`.
-    with_heads: the model's heads go to `folder/heads.safetensors`, see `load_heads`.
+    with_heads: the model's heads go to `folder/heads.safetensors`, see `load_heads`. keep_going: see `attempt`.
     """
     state, heads = full_state_dict(model.lm), full_state_dict(model.heads) if with_heads else {}
-    if dist.get_rank() == 0:
+
+    def write(state=state):
+        if dist.get_rank():
+            return
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
         lm = model.lm
         if lora is not None:
@@ -234,7 +240,7 @@ def export(model: "LanguageModel", tokenizer, folder: str, lora=None, with_heads
         if with_heads:
             save_file(heads, folder + ".tmp/heads.safetensors")
         put_in_place(folder)
-    dist.barrier()
+    attempt(write, f"the model {folder}", keep_going)
 
 
 def load_heads(folder: str) -> dict[str, nn.Module]:

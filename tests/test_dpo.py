@@ -795,9 +795,9 @@ def test_settings_of_the_optimizer_reach_it_and_the_start_is_checked_once(model_
 
 def test_a_gradient_that_is_not_finite_stops_with_the_batch_saved(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "preference_loss", lambda policy, *_: policy.sum(1) * float("nan"))
-    with pytest.raises(UserError, match="^step 0: the gradient is nan; its batch is in .*nonfinite-step-0.pt, "):
+    with pytest.raises(UserError, match="^step 0: the gradient is nan; its batch and .*/nonfinite-step-0, "):
         run(tmp_path, model_path("gpt2"), held_out=0.0, max_length=9)
-    saved = torch.load(tmp_path / "run" / "nonfinite-step-0.pt", weights_only=True)
+    saved = torch.load(tmp_path / "run" / "nonfinite-step-0" / "batch.pt", weights_only=True)
     lines = [texts(dpo.Pair(*one)) for one in saved["pairs"]]
     assert lines == [made_texts(ROWS, longest=9)[shuffled(place, len(ROWS), 1)] for place in range(4)]
 

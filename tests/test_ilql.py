@@ -1026,9 +1026,9 @@ def test_one_row_is_enough(model_path, tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_with_the_batch_saved(model_path, tmp_path):
     rows = [reply(["a", "b"], 1), reply(["a", "b"], 1e200)]
-    with pytest.raises(UserError, match="^step 0: the gradient is (nan|inf); its batch is in .*nonfinite-step-0.pt, "):
+    with pytest.raises(UserError, match="^step 0: the gradient is (nan|inf); its batch and .*/nonfinite-step-0, "):
         run(tmp_path, model_path("gpt2"), rows, normalize_rewards="none")
-    saved = torch.load(tmp_path / "run" / "nonfinite-step-0.pt", weights_only=True)
+    saved = torch.load(tmp_path / "run" / "nonfinite-step-0" / "batch.pt", weights_only=True)
     assert sorted(written(ilql.Trajectory(*item)) for item in saved["trajectories"]) == [
         ("a[b$]", [0, 1], ""), ("a[b$]", [0, 1e200], "")]
     assert not (tmp_path / "run" / "model").exists()

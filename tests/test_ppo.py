@@ -302,10 +302,9 @@ def test_non_finite_gradient_stops_with_the_batch_saved(model_path, tmp_path, mo
     broken = lambda *inputs: (inputs[0].sum() * float("nan"), {})  # noqa: E731
     monkeypatch.setattr(ppo, "policy_loss", broken)
     args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
-    with pytest.raises(UserError, match="step 0: the gradient is nan; its batch is in"):
+    with pytest.raises(UserError, match="step 0: the gradient is nan; its batch and the state before it are in"):
         ppo.train(args, reward_fn=letters, prompts=PROMPTS)
-    saved = torch.load(next((tmp_path / "run").glob("nonfinite*.pt")), weights_only=True)
-    assert len(list((tmp_path / "run").glob("nonfinite*.pt"))) == 1
+    saved = torch.load(tmp_path / "run" / "nonfinite-step-0" / "batch.pt", weights_only=True)
     assert len(saved["rows"]) == 4 and len(saved["responses"]) == 8
 
 

@@ -1235,9 +1235,9 @@ def test_an_eval_dataset_without_outputs_is_refused(model_path, tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_with_the_batch_saved(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "lm_loss", lambda logprobs, weight: logprobs.sum() * float("nan"))
-    with pytest.raises(UserError, match="^step 0: the gradient is nan; its batch is in .*nonfinite-step-0.pt, "):
+    with pytest.raises(UserError, match="^step 0: the gradient is nan; its batch and .*/nonfinite-step-0, "):
         run(tmp_path, model_path("gpt2"))
-    saved = torch.load(tmp_path / "run" / "nonfinite-step-0.pt", weights_only=True)
+    saved = torch.load(tmp_path / "run" / "nonfinite-step-0" / "batch.pt", weights_only=True)
     lines = [marked(sft.Example(*example)) for example in saved["examples"]]
     assert lines == [lines_of(ROWS)[shuffled(place, len(ROWS), 1)] for place in range(4)]
     assert len(rows_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "model").exists()

@@ -15,7 +15,8 @@ import torch.distributed as dist  # noqa: E402
 from conftest import char_tokenizer, tiny_lm  # noqa: E402
 
 import ppo  # noqa: E402
-from common.distributed import gather_rows, generator, init, load_checkpoint, rank_rows, save_checkpoint, unsharded  # noqa: E402
+from common.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from common.distributed import gather_rows, generator, init, rank_rows, unsharded  # noqa: E402
 from common.generation import generate, noise, sample_texts  # noqa: E402
 from common.models import LanguageModel, LogitRules, collate, frozen, make_head, prepare, top_copy  # noqa: E402
 
@@ -51,7 +52,7 @@ def gradients(architecture: str, micro_batch_size: int, **options) -> dict[str, 
     args = ppo.Args(ppo_epochs=1, batch_size=5, rollout_batch_size=5, micro_batch_size=micro_batch_size,
                     max_grad_norm=1e9)
     ppo.update(model, Capture(model.parameters(), 0.1), PROMPTS, RESPONSES, data, LogitRules(),
-               {"step": 0, "updates": 0}, 1, args, ".", torch.device("cpu"))
+               {"step": 0, "updates": 0}, 1, args, str)
     return captured
 
 
