@@ -162,6 +162,8 @@ class Args:
     """use the first n words of each prompt"""
     metric: str | None = None
     """measure samples by file.py:function, package.module:function, or a classification model's path or hub id"""
+    reward_timeout: float | None = None
+    """end the run when a reward or metric function takes more seconds than this; none: wait as long as it takes"""
     max_new_tokens: int = 40
     """most tokens in an output"""
     stop: list[str] = dataclasses.field(default_factory=list)
@@ -245,7 +247,8 @@ RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config 
     learning_rate=1e-3, warmup_steps=10, tau=0.9, target_rate=0.1, beta=[0.0, 1.0, 100.0], eval_top_k=[10])
 RESUMABLE = (  # settings that may differ between a run and its resumption
     "max_steps", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "track", "config",
-    "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded", "offload", "gradient_checkpointing")
+    "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded", "offload", "gradient_checkpointing",
+    "reward_timeout")
 AWAC_MOST = 100.0  # the largest weight of a token's language-model loss, as in IQL's code
 
 
@@ -265,7 +268,7 @@ def check(args: Args, samples: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon", "history",
                   "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
-                  "prompt_words", "keep_checkpoints", "shard_size", "sync_every", "target_rate"),
+                  "prompt_words", "keep_checkpoints", "shard_size", "sync_every", "target_rate", "reward_timeout"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
                       "cql_scale", "awac_scale", "awac_beta"),
         unit=("adam_beta1", "adam_beta2", "gamma", "tau", "target_rate"))
@@ -774,6 +777,7 @@ def train(
             return {}, []
         return evaluate_samples(
             model, tokenizer, eval_ids, eval_rows, rules, metric_fn, repeats=args.eval_samples,
+            reward_timeout=args.reward_timeout,
             max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
             options={"beta": args.beta, "temperature": args.eval_temperature, "top_k": args.eval_top_k,
                      "top_p": args.eval_top_p},
@@ -823,7 +827,7 @@ def train(
             state["after"], outputs = evaluate()
             metrics |= state["after"]
             log.samples(state["step"], outputs)
-            best = max(headline(state["after"]).values(), default=-math.inf)
+            best = max((x for x in headline(state["after"]).values() if not math.isnan(x)), default=-math.inf)
             if best > state["best"]:
                 state["best"] = best
                 export(model, tokenizer, f"{folder}/checkpoints/best", lora, with_heads=True)

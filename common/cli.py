@@ -20,6 +20,11 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
 
 
+class FunctionError(UserError):
+    """An exception in a user's function: `__cause__`. Its traceback, which begins at that function, is shown above the
+    line."""
+
+
 def _flags_of(path: str, default) -> list[str]:
     """The settings of a YAML file as command-line words, so that they are checked in the same way."""
     names = [field.name for field in dataclasses.fields(default)]
@@ -118,29 +123,40 @@ def check_sampling(args) -> None:
         raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # as gloo and NCCL say it
+
+
+def leave(code: int, line: str, above: str = "") -> None:
+    """End this process at once, from any thread: print what stands above the line, and the line; exit with `code`."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
+        # they repeat it; a mistake of this rank alone is still shown.
+        time.sleep(2)
+    script = (f"[rank {rank}] " if rank else "") + os.path.basename(sys.argv[0])
+    # sys.stderr may be the user's, or be caught
+    print(f"{above}{script}: {line}", file=sys.__stderr__, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run(train, args_class, preset=None) -> None:
     """Run a script: parse the flags, train, and turn a `UserError` into one line on stderr and exit code 2.
 
     A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others.
     """
-    code, message = 0, ""
     try:
         train(parse(args_class, preset))
     except UserError as error:
-        code, message = 2, f"{os.path.basename(sys.argv[0])}: error: {error}"
+        above = traceback.format_exception(error.__cause__) if isinstance(error, FunctionError) else []
+        leave(2, f"error: {error}", "".join(above))
     except KeyboardInterrupt:
-        code, message = 130, f"{os.path.basename(sys.argv[0])}: interrupted; --resume auto goes on from a checkpoint"
-    except Exception:
-        code, message = 1, traceback.format_exc()
-    if code:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
-            # they repeat it; a mistake of this rank alone is still shown.
-            time.sleep(2)
-        print((f"[rank {rank}] " if rank else "") + message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(code)
+        leave(130, "interrupted; --resume auto goes on from a checkpoint")
+    except Exception as error:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+            time.sleep(5)  # torchrun, which has seen that one end, ends this one without a word
+            leave(1, "error: another process has ended; what it said last is the reason")
+        leave(1, f"error: {type(error).__name__}, see above", traceback.format_exc())
     if dist.is_initialized() and dist.get_world_size() > 1:
         # Without Python's own teardown: in torch 2.13 threads of gloo that outlive it abort some of the exits
         dist.barrier()

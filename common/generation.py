@@ -12,8 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from common.cli import UserError
-from common.data import call, check_metrics
-from common.distributed import broadcast, gather_rows, generator, rank_rows, unsharded
+from common.data import ask
+from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
 from common.models import LanguageModel, LogitRules, collate, pad_rows
 
 
@@ -303,13 +303,6 @@ def sample_texts(
     return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
 
 
-def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
-    """What a reward or metric function is called with: texts, sampled ids, and the other columns of the prompts."""
-    metadata = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
-    return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
-
-
 def evaluate_samples(
     model: LanguageModel,
     tokenizer,
@@ -325,6 +318,7 @@ def evaluate_samples(
     options: dict[str, list],
     columns: tuple[str, ...] | None = None,
     choose: Callable[..., dict] = dict,
+    reward_timeout: float | None = None,
     **sampling,
 ) -> tuple[dict[str, float], list[dict]]:
     """Sample `repeats` outputs for each prompt; return the means of their metrics, as eval/NAME, and the samples.
@@ -345,8 +339,8 @@ def evaluate_samples(
         items = sample_texts(model, tokenizer, prompts, uniforms, ruled, **choose(**chosen), **sampling)
         found = score(items, rows) if score else {}
         if metric_fn and dist.get_rank() == 0:
-            measured = call(metric_fn, **{**text_columns(items, rows), "tokenizer": tokenizer})
-            found = check_metrics(measured, len(items)) | found
+            found = ask(metric_fn, "metric", items, rows, tokenizer, reward_timeout) | found
+        meet()
         found = broadcast(found) | {"length": [len(item["tokens"]) for item in items]}
         for name, value in found.items():
             metrics[f"eval/{name}{suffix}"] = torch.as_tensor(value, dtype=torch.float64).mean().item()
