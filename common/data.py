@@ -379,7 +379,7 @@ def load_function(spec: str, flag: str) -> Callable:
             raise UserError(f"{flag} {spec}: {error}; {hint}") from None
         raise FunctionError(f"{flag} {spec}: its module fails: {_reason(error)}") from _own_frames(error)
     if not hasattr(module, name):
-        raise UserError(f"{flag} {spec}: '{path}' has no '{name}'; {hint}")
+        raise UserError(f"{flag} {spec}: {path} has no attribute '{name}'; {hint}")
     function = getattr(module, name)
     if not callable(function):
         raise UserError(f"{flag} {spec}: is {short(function)}, not a function")
@@ -439,6 +439,7 @@ def ask(
 
 
 SEARCH_SECONDS = 5.0  # what finding the sample that a function failed on may take
+GRACE_SECONDS = 5.0  # how long after a time limit the last resort acts
 
 
 def _failing(answer: Callable, items: list[dict], rows: list[dict], error: BaseException) -> str | None:
@@ -447,23 +448,19 @@ def _failing(answer: Callable, items: list[dict], rows: list[dict], error: BaseE
         frames = traceback.extract_tb(error.__traceback__)
         return type(error), [(frame.filename, frame.lineno) for frame in frames[:1]]
 
-    begun, failed = time.monotonic(), []
+    begun, failed, tried = time.monotonic(), [], 0
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        for number in range(len(items)):
-            if time.monotonic() - begun > SEARCH_SECONDS:
-                if not failed:
-                    return None
-                break
+        while tried < len(items) and time.monotonic() - begun < SEARCH_SECONDS:
             try:
-                answer(items[number : number + 1], rows[number : number + 1])
+                answer(items[tried : tried + 1], rows[tried : tried + 1])
             except (Exception, SystemExit) as other:
                 if place(_own_frames(other)) == place(error):
-                    failed.append(number)
-    count = len(items)
+                    failed.append(tried)
+            tried += 1
     if not failed:
-        return f"a batch of {count} samples, though on none of them alone"
-    first = f"sample {failed[0]} of {count}, {_texts(items[failed[0]])}"
-    return first if len(failed) == 1 else f"{len(failed)} of {count} samples, the first of them {first}"
+        return f"a batch of {tried} samples, though on none of them alone" if tried == len(items) else None
+    first = f"sample {failed[0]} of {len(items)}, {_texts(items[failed[0]])}"
+    return first if len(failed) == 1 else f"{len(failed)} of {tried} samples, the first of them {first}"
 
 
 def _texts(item: dict) -> str:
@@ -497,7 +494,7 @@ def time_limit(seconds: float | None, line: str, above: str | None = None):
 
     From a thread of its own, so that nothing in the block can catch it, and signals, which a function may use for time
     limits of its own, stay free. C code that never lets another thread run, such as a regular expression that
-    backtracks, holds that thread up too: five seconds later faulthandler, which needs no interpreter, ends the process
+    backtracks, holds that thread up too: GRACE_SECONDS later faulthandler, which needs no interpreter, ends the process
     with exit code 1 and the stack alone.
     """
     if seconds is None:
@@ -516,7 +513,7 @@ def time_limit(seconds: float | None, line: str, above: str | None = None):
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
     timer.start()
-    faulthandler.dump_traceback_later(seconds + 5, exit=True, file=2)
+    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=2)
     try:
         yield
     finally:
@@ -614,8 +611,8 @@ def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
         if not isinstance(name, str):
             raise UserError(f"the metric function returned a metric called {short(name)}: a name is a text")
         if isinstance(value, list) and len(value := _each(value, count)) != count:
-            raise UserError(f"the metric function returned {len(value)} values as '{name}' of {count} samples: return "
-                            "a number, or a list with a number for each sample")
+            raise UserError(f"the metric function returned {short(value)} as '{name}' of {count} samples, a list of "
+                            f"{len(value)}: return a number, or a list with a number for each sample")
         for number, each in enumerate(value if isinstance(value, list) else [value]):
             if as_number(each) is None:
                 what = f"{short(each)} as '{name}'" + (f" of sample {number}" if isinstance(value, list) else "")
