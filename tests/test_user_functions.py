@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import statistics
 import sys
@@ -247,6 +248,12 @@ def test_functions_change_copies(model_path, tmp_path):
     assert found[0] == found[1]
 
 
+def test_each_sample_has_a_copy_of_its_own():
+    """Evaluation repeats rows, and rollouts may: what a function takes from the one sample, the other still has."""
+    rows = [{"prompt": "a", "numbers": [5.0, 3.0]}] * 4
+    assert asked(lambda numbers: [each.pop() for each in numbers], rows=rows) == [3.0] * 4
+
+
 def test_what_cannot_be_copied_is_passed_on():
     handle = open(os.devnull)
     rows = [{**row, "file": handle} for row in ROWS]
@@ -268,8 +275,11 @@ def ended(tmp_path, function, timeout, kind="reward") -> tuple[int, str, float]:
             asked(function, kind, timeout)
         finally:
             os._exit(99)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, path.read_text(), time.monotonic() - begun
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() - begun > 20:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return os.waitstatus_to_exitcode(found[1]), path.read_text(), time.monotonic() - begun
 
 
 def spins(number):
@@ -318,7 +328,9 @@ def test_a_search_that_hangs_does_not(tmp_path, monkeypatch):
     assert text.splitlines()[-1].endswith("failed on a batch of 4 samples: ZeroDivisionError: float division by zero")
 
 
-def test_a_time_limit_that_is_kept_leaves_nothing_behind(tmp_path):
+def test_a_time_limit_that_is_kept_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.data, "GRACE_SECONDS", 0.1)
+
     def quick(number):
         time.sleep(0.1)
         return number
