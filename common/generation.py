@@ -326,7 +326,7 @@ def evaluate_samples(
     Done once for each combination of the list-valued `options` (temperature, top_k, top_p), whose names and values are
     added to a metric's name where there are several; choose(**values) turns all but temperature into those of
     `generate`, if they are others. The random numbers are the same each time, so that two evaluations
-    compare well. metric_fn: a user's function, called on rank 0 with `text_columns`. score(items, rows) -> lists, one
+    compare well. metric_fn: a user's function, asked on rank 0 (see `ask`). score(items, rows) -> lists, one
     value a sample, called on all ranks. columns: which lists stand beside the samples; all of them by default.
     """
     prompts, rows = ([row for row in every for _ in range(repeats)] for every in (prompts, rows))
