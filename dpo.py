@@ -159,6 +159,8 @@ class Args:
     """use the first n words of each prompt"""
     metric: str | None = None
     """measure samples by file.py:function, package.module:function, or a classification model's path or hub id"""
+    reward_timeout: float | None = None
+    """end the run when a reward or metric function takes more seconds than this; none: wait as long as it takes"""
     max_new_tokens: int = 40
     """most tokens in an output"""
     stop: list[str] = dataclasses.field(default_factory=list)
@@ -242,7 +244,8 @@ RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config 
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
     learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0, held_out=0.15)
 RESUMABLE = (
-    "save_every", "keep_checkpoints", "keep_going", "max_steps", "output_dir", "resume", "replay", "track", "config")
+    "save_every", "keep_checkpoints", "keep_going", "max_steps", "output_dir", "resume", "replay", "track", "config",
+    "reward_timeout")
 
 
 def preset(args: Args) -> dict:
@@ -263,7 +266,7 @@ def check(args: Args, pairs: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon", "beta",
                   "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
-                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size"),
+                  "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size", "reward_timeout"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
                       "label_smoothing", "simpo_gamma", "sft_coef"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
@@ -815,6 +818,7 @@ def train(
         if eval_ids:
             found, outputs = evaluate_samples(
                 model, tokenizer, eval_ids, eval_rows, rules, metric_fn, kl, repeats=args.eval_samples,
+                reward_timeout=args.reward_timeout,
                 max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
                 options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
                 stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)

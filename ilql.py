@@ -154,6 +154,8 @@ class Args:
     """use the first n words of each prompt"""
     metric: str | None = None
     """measure samples by file.py:function, package.module:function, or a classification model's path or hub id"""
+    reward_timeout: float | None = None
+    """end the run when a reward or metric function takes more seconds than this; none: wait as long as it takes"""
     max_new_tokens: int = 40
     """most tokens in an output"""
     stop: list[str] = dataclasses.field(default_factory=list)
@@ -242,7 +244,7 @@ RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config 
 RESUMABLE = (  # settings that may differ between a run and its resumption
     "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
     "track", "config", "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded",
-    "offload", "gradient_checkpointing")
+    "offload", "gradient_checkpointing", "reward_timeout")
 AWAC_MOST = 100.0  # the largest weight of a token's language-model loss, as in IQL's code
 
 
@@ -262,7 +264,7 @@ def check(args: Args, samples: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "micro_batch_size", "max_steps", "learning_rate", "adam_epsilon", "history",
                   "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every", "eval_samples",
-                  "prompt_words", "keep_checkpoints", "shard_size", "sync_every", "target_rate"),
+                  "prompt_words", "keep_checkpoints", "shard_size", "sync_every", "target_rate", "reward_timeout"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
                       "cql_scale", "awac_scale", "awac_beta"),
         unit=("adam_beta1", "adam_beta2", "gamma", "tau", "target_rate"))
@@ -773,6 +775,7 @@ def train(
             return {}, []
         return evaluate_samples(
             model, tokenizer, eval_ids, eval_rows, rules, metric_fn, repeats=args.eval_samples,
+            reward_timeout=args.reward_timeout,
             max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
             options={"beta": args.beta, "temperature": args.eval_temperature, "top_k": args.eval_top_k,
                      "top_p": args.eval_top_p},
@@ -835,7 +838,7 @@ def train(
             state["after"], outputs = evaluate()
             metrics |= state["after"]
             log.samples(state["step"], outputs)
-            best = max(headline(state["after"]).values(), default=-math.inf)
+            best = max((x for x in headline(state["after"]).values() if not math.isnan(x)), default=-math.inf)
             if best > state["best"]:
                 state["best"] = best
                 export(model, tokenizer, f"{folder}/checkpoints/best", lora, True, args.keep_going)

@@ -43,8 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from common.checkpoint import load_checkpoint, read_state, save_checkpoint
 from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
-    call,
-    check_scores,
+    ask,
     encode_prompts,
     evenly,
     load_function,
@@ -52,8 +51,8 @@ from common.data import (
     prompt_room,
     shuffled,
 )
-from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
-from common.generation import evaluate_samples, noise, sample_texts, text_columns, try_out
+from common.distributed import adamw, broadcast, gather_rows, generator, init, meet, optimizer_step, rank_rows
+from common.generation import evaluate_samples, noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
@@ -132,6 +131,8 @@ class Args:
     """texts per forward of a reward model"""
     reward_on: Literal["all", "rank0"] = "all"
     """call the reward function on each process with its own samples, or on process 0, which alone has it, with all"""
+    reward_timeout: float | None = None
+    """end the run when a reward or metric function takes more seconds than this; none: wait as long as it takes"""
     reward_clip: float | None = 10.0
     """clip scores to plus and minus this"""
     reward_scaling: Literal["none", "running", "reference"] = "none"
@@ -245,7 +246,8 @@ PRESETS = {  # defaults that a task brings along; flags and --config win
 RESUMABLE = (  # settings that may differ between a run and its resumption
     "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
     "track", "config", "micro_batch_size", "generation_batch_size", "reward_batch_size", "reward_device",
-    "reward_on", "shard_size", "keep_sharded", "offload", "gradient_checkpointing")
+    "reward_on", "shard_size", "keep_sharded", "offload", "gradient_checkpointing",
+    "reward_timeout")
 
 
 def preset(args: Args) -> dict:
@@ -266,7 +268,8 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         positive=("total_episodes", "rollout_batch_size", "ppo_epochs", "batch_size", "micro_batch_size", "max_steps",
                   "learning_rate", "adam_epsilon", "max_grad_norm", "max_new_tokens", "temperature", "reward_clip",
                   "generation_batch_size", "reward_batch_size", "kl_target", "kl_horizon", "max_kl", "eval_every",
-                  "eval_samples", "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size"),
+                  "eval_samples", "num_eval_prompts", "prompt_words", "keep_checkpoints", "shard_size",
+                  "reward_timeout"),
         not_negative=("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value",
                       "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "missing_eos_penalty"),
         unit=("gamma", "lam", "adam_beta1", "adam_beta2"))
@@ -308,17 +311,17 @@ def load_reward(args: Args, device: torch.device) -> Callable:
     return lambda samples, **_: classify(samples)
 
 
-def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, reward_on: str) -> list:
+def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, args: Args) -> list:
     """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share
     of the samples, or rank 0 scores all."""
-    everything = reward_on == "rank0"
+    everything = args.reward_on == "rank0"
     mine, real = (range(len(items)), [True] * len(items)) if everything else rank_rows(len(items))
     chosen = [row for row, is_real in zip(mine, real) if is_real and not (everything and dist.get_rank())]
     scores = []
     if chosen:
-        columns = text_columns([items[row] for row in chosen], [rows[row] for row in chosen])
-        answer = call(reward_fn, **{**columns, "tokenizer": tokenizer})
-        scores = check_scores(answer, [len(items[row]["tokens"]) for row in chosen])
+        mine_items, mine_rows = ([part[row] for row in chosen] for part in (items, rows))
+        scores = ask(reward_fn, "reward", mine_items, mine_rows, tokenizer, args.reward_timeout)
+    meet()
     return broadcast(scores) if everything else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
 
 
@@ -690,14 +693,15 @@ def train(
     log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
 
     def eval_scores(items, rows):
-        scores = compute_scores(reward_fn, items, rows, tokenizer, args.reward_on)
+        scores = compute_scores(reward_fn, items, rows, tokenizer, args)
         return {"reward": [sum(score) if isinstance(score, list) else score for score in scores]}
 
     evaluate = functools.partial(
         evaluate_samples, model, tokenizer, eval_ids, eval_rows, rules, metric_fn, eval_scores,
         repeats=args.eval_samples, max_new_tokens=args.max_new_tokens, seed=args.seed, columns=("reward",),
         options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
-        batch_size=args.generation_batch_size, stop_sequences=stop, keep_sharded=args.keep_sharded)
+        batch_size=args.generation_batch_size, stop_sequences=stop, keep_sharded=args.keep_sharded,
+        reward_timeout=args.reward_timeout)
     if not checkpoint:
         state["before"], samples = evaluate()
         log.metrics(0, {"episodes": 0, "tokens": 0, **state["before"]}, tuple(state["before"]))
@@ -717,7 +721,7 @@ def train(
         items = sample_texts(model, tokenizer, batch_prompts, uniforms, rules, batch_size=args.generation_batch_size,
                              stop_sequences=stop, keep_sharded=args.keep_sharded)
         responses = [item["tokens"] for item in items]
-        raw = compute_scores(reward_fn, items, batch_rows, tokenizer, args.reward_on)
+        raw = compute_scores(reward_fn, items, batch_rows, tokenizer, args)
         data = score_tokens(model, reference, batch_prompts, responses, rules, args.micro_batch_size, device)
         mask = data["mask"]
         sampled = pad_sequence([torch.tensor(item["logprobs"]) for item in items], batch_first=True)
@@ -786,8 +790,9 @@ def train(
     if state["step"] > first_step:
         say(table("after training", samples[:: max(1, len(samples) // 5)][:5]))
     after = state.get("after", state["before"])
-    say("; ".join(f"{name[5:]} {state['before'][name]:.3f} -> {value:.3f}" for name, value in after.items())
-        + f"; model in {folder}/model")
+    before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
+    say("; ".join([*(f"{name[5:]} {before.get(name, '')}{value:.3f}" for name, value in after.items()),
+                   f"model in {folder}/model"]))
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

@@ -145,6 +145,8 @@ class Args:
     """use the first n words of each prompt"""
     metric: str | None = None
     """measure samples by file.py:function, package.module:function, or a classification model's path or hub id"""
+    reward_timeout: float | None = None
+    """end the run when a reward or metric function takes more seconds than this; none: wait as long as it takes"""
     max_new_tokens: int = 40
     """most tokens in an output"""
     stop: list[str] = dataclasses.field(default_factory=list)
@@ -215,7 +217,7 @@ RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config 
 RESUMABLE = (  # settings that may differ between a run and its resumption
     "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
     "track", "config", "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded",
-    "offload", "gradient_checkpointing")
+    "offload", "gradient_checkpointing", "reward_timeout")
 
 
 def preset(args: Args) -> dict:
@@ -235,7 +237,8 @@ def check(args: Args, samples: list | None = None) -> None:
         args,
         positive=("epochs", "batch_size", "train_tokenizer", "micro_batch_size", "max_steps", "learning_rate",
                   "adam_epsilon", "max_grad_norm", "max_new_tokens", "generation_batch_size", "eval_every",
-                  "eval_samples", "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size", "history"),
+                  "eval_samples", "prompt_words", "num_eval_rows", "keep_checkpoints", "shard_size", "history",
+                  "reward_timeout"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
     check_sampling(args)
@@ -504,6 +507,7 @@ def train(
         if eval_ids:
             found, outputs = evaluate_samples(
                 model, tokenizer, eval_ids, eval_rows, rules, metric_fn, repeats=args.eval_samples,
+                reward_timeout=args.reward_timeout,
                 max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
                 options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
                 stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)

@@ -27,6 +27,11 @@ class Terminated(BaseException):
     """The run was told to end (SIGTERM), and has written a checkpoint. The message is one line."""
 
 
+class FunctionError(UserError):
+    """An exception in a user's function: `__cause__`. Its traceback, which begins at that function, is shown above the
+    line."""
+
+
 def _flags_of(path: str, default) -> list[str]:
     """The settings of a YAML file as command-line words, so that they are checked in the same way."""
     names = [field.name for field in dataclasses.fields(default)]
@@ -125,6 +130,23 @@ def check_sampling(args) -> None:
         raise UserError("--num-layers-unfrozen: leave it out, --lora-rank freezes all weights already")
 
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # as gloo and NCCL say it
+
+
+def leave(code: int, line: str, above: str = "") -> None:
+    """End this process at once, from any thread: print what stands above the line, and the line; exit with `code`."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank and line:
+        # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
+        # they repeat it; a mistake of this rank alone is still shown.
+        time.sleep(2)
+    script = (f"[rank {rank}] " if rank else "") + os.path.basename(sys.argv[0])
+    if line:  # sys.stderr may be the user's, or be caught
+        print(f"{above}{script}: {line}", file=sys.__stderr__, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 # --- being told to end ------------------------------------------------------------------------------------------------
 
 GRACE = 25.0  # seconds; torchrun kills after 30
@@ -148,8 +170,8 @@ def _watch() -> None:
             pass
         _Told.signal = True
         if not _Told.loop:
-            print(f"{os.path.basename(sys.argv[0])}: told to end before the first step", file=sys.stderr, flush=True)
-            os._exit(143)
+            # under torchrun it is another's failure that has brought this, and that one has said why
+            leave(143, "" if "RANK" in os.environ else "told to end before the first step")
         if dist.get_world_size() > 1:  # one process has nobody to wait for, and takes the time that it needs
             time.sleep(GRACE)
             os._exit(143)
@@ -172,28 +194,23 @@ def run(train, args_class, preset=None) -> None:
     A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others. SIGTERM ends with
     143, see `stop_asked`.
     """
-    code, message, script = 0, "", os.path.basename(sys.argv[0])
     _watch()
     try:
         train(parse(args_class, preset))
     except UserError as error:
-        code, message = 2, f"{script}: error: {error}"
+        above = traceback.format_exception(error.__cause__) if isinstance(error, FunctionError) else []
+        leave(2, f"error: {error}", "".join(above))
     except Terminated as error:
-        code, message = 143, f"{script}: {error}" if not int(os.environ.get("RANK", 0)) else ""
+        leave(143, "" if int(os.environ.get("RANK", 0)) else str(error))
     except KeyboardInterrupt:
-        code, message = 130, f"{script}: interrupted; --resume auto goes on from a checkpoint"
-    except Exception:
-        code, message = (143, "") if _Told.signal else (1, traceback.format_exc())  # others were told, and are gone
-    if code:
-        rank = int(os.environ.get("RANK", 0))
-        if rank and message:
-            # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
-            # they repeat it; a mistake of this rank alone is still shown.
-            time.sleep(2)
-        if message:
-            print((f"[rank {rank}] " if rank else "") + message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(code)
+        leave(130, "interrupted; --resume auto goes on from a checkpoint")
+    except Exception as error:
+        if _Told.signal:  # as the others were, which are gone
+            leave(143, "")
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+            time.sleep(5)  # torchrun, which has seen that one end, ends this one without a word
+            leave(1, "error: another process has ended; what it said last is the reason")
+        leave(1, f"error: {type(error).__name__}, see above", traceback.format_exc())
     if dist.is_initialized() and dist.get_world_size() > 1:
         # Without Python's own teardown: in torch 2.13 threads of gloo that outlive it abort some of the exits
         dist.barrier()

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import datetime
+import functools
 import math
 import os
 import random
@@ -46,6 +48,7 @@ def init(seed: int | None) -> torch.device:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    meet()  # makes its group, while all ranks are near
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -77,6 +80,18 @@ def gather_rows(rows: list, count: int) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [row for group in zip(*parts) for row in group][:count]
+
+
+def meet() -> None:
+    """Wait for all ranks for as long as it takes. To be called before a collective that some ranks come to after a
+    user's function and others at once: other collectives give up after half an hour."""
+    if dist.get_world_size() > 1:
+        dist.barrier(_patient_group())
+
+
+@functools.cache
+def _patient_group():
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
 
 
 def broadcast(value):

@@ -12,8 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from common.cli import UserError
-from common.data import call, check_metrics
-from common.distributed import broadcast, gather_rows, generator, rank_rows, unsharded
+from common.data import ask
+from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
 from common.graphs import FixedBatch
 from common.models import LanguageModel, LogitRules, collate, pad_rows
 
@@ -328,13 +328,6 @@ def sample_texts(
     return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
 
 
-def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
-    """What a reward or metric function is called with: texts, sampled ids, and the other columns of the prompts."""
-    metadata = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
-    return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
-
-
 def evaluate_samples(
     model: LanguageModel,
     tokenizer,
@@ -350,6 +343,7 @@ def evaluate_samples(
     options: dict[str, list],
     columns: tuple[str, ...] | None = None,
     choose: Callable[..., dict] = dict,
+    reward_timeout: float | None = None,
     **sampling,
 ) -> tuple[dict[str, float], list[dict]]:
     """Sample `repeats` outputs for each prompt; return the means of their metrics, as eval/NAME, and the samples.
@@ -357,7 +351,7 @@ def evaluate_samples(
     Done once for each combination of the list-valued `options` (temperature, top_k, top_p), whose names and values are
     added to a metric's name where there are several; choose(**values) turns all but temperature into those of
     `generate`, if they are others. The random numbers are the same each time, so that two evaluations
-    compare well. metric_fn: a user's function, called on rank 0 with `text_columns`. score(items, rows) -> lists, one
+    compare well. metric_fn: a user's function, asked on rank 0 (see `ask`). score(items, rows) -> lists, one
     value a sample, called on all ranks. columns: which lists stand beside the samples; all of them by default.
     """
     prompts, rows = ([row for row in every for _ in range(repeats)] for every in (prompts, rows))
@@ -370,8 +364,8 @@ def evaluate_samples(
         items = sample_texts(model, tokenizer, prompts, uniforms, ruled, **choose(**chosen), **sampling)
         found = score(items, rows) if score else {}
         if metric_fn and dist.get_rank() == 0:
-            measured = call(metric_fn, **{**text_columns(items, rows), "tokenizer": tokenizer})
-            found = check_metrics(measured, len(items)) | found
+            found = ask(metric_fn, "metric", items, rows, tokenizer, reward_timeout) | found
+        meet()
         found = broadcast(found) | {"length": [len(item["tokens"]) for item in items]}
         for name, value in found.items():
             metrics[f"eval/{name}{suffix}"] = torch.as_tensor(value, dtype=torch.float64).mean().item()

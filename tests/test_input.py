@@ -489,9 +489,10 @@ LENGTHS = [3, 1]
     ([1, 2.5], [1.0, 2.5]), ((1.0, -2.0), [1.0, -2.0]), (np.array([1.0, 2.0]), [1.0, 2.0]),
     (np.array([1, 0], dtype=np.int8), [1.0, 0.0]), (torch.tensor([1.0, 2.0]), [1.0, 2.0]),
     ([torch.tensor(1.0), np.float32(2)], [1.0, 2.0]), ([True, False], [1.0, 0.0]),
-    ([[1, 2, 3], [4]], [[1.0, 2.0, 3.0], [4.0]]), ([[1.0], (2.0,)], [[1.0], [2.0]]), ([[1, 2], 5], [[1.0, 2.0], 5.0]),
-    ([np.array([1, 2]), torch.tensor([0.5])], [[1.0, 2.0], [0.5]]),
-    ([[torch.tensor(1.0), np.float64(2)], [3]], [[1.0, 2.0], [3.0]]), (torch.ones(2, 1), [[1.0], [1.0]]),
+    ([[1, 2, 3], [4]], [[1.0, 2.0, 3.0], [4.0]]), ([[1, 2, 3], 5], [[1.0, 2.0, 3.0], 5.0]),
+    ([np.array([1, 2, 3]), torch.tensor([0.5])], [[1.0, 2.0, 3.0], [0.5]]),
+    ([[torch.tensor(1.0), np.float64(2), 3], [3]], [[1.0, 2.0, 3.0], [3.0]]),
+    ([[1.0], (2.0,)], [1.0, 2.0]), (torch.ones(2, 1), [1.0, 1.0]), ((x for x in (1.0, 2.0)), [1.0, 2.0]),
 ])
 def test_scores_of_every_type_become_floats(scores, expected):
     checked = check_scores(scores, LENGTHS)
@@ -502,7 +503,7 @@ def test_scores_of_every_type_become_floats(scores, expected):
 @pytest.mark.parametrize("scores,parts", [
     ([1.0], ["1 values", "2 samples"]), ([1.0] * 3, ["3 values", "2 samples"]), ([], ["0 values", "2 samples"]),
     (1.0, ["a float", "2 samples"]), (None, ["a NoneType"]), ("ab", ["a str"]), ({0: 1.0, 1: 2.0}, ["a dict"]),
-    ((x for x in (1.0, 2.0)), ["a generator"]), (torch.tensor(3.0), ["a float"]),
+    (torch.tensor(3.0), ["a float"]), ([[1.0, 2.0], 5], ["2 token rewards", "sample 0", "3 tokens"]),
     ([1.0, float("nan")], ["sample 1", "nan"]), ([float("inf"), 1.0], ["sample 0", "inf"]),
     (torch.tensor([1.0, -torch.inf]), ["sample 1", "-inf"]), ([None, 1.0], ["sample 0", "None"]),
     ([1.0, "2.0"], ["sample 1", "'2.0'"]), ([{"score": 1.0}, 1.0], ["sample 0", "dict"]),
