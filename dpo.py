@@ -61,6 +61,7 @@ from common.data import (
     load_function,
     load_prompts,
     pack,
+    pin_date,
     prompt_room,
     short,
     shuffled,
@@ -762,6 +763,7 @@ def train(
         rows, held_out = split(rows, args.held_out, args.num_eval_rows, args.seed)
     held_out = evenly(held_out, args.num_eval_rows)
     tokenizer, lm = load_tokenizer(args.tokenizer or path), load_lm(path)
+    date = pin_date(tokenizer, checkpoint)
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
     if tokenizer.eos_token_id is None:
@@ -826,7 +828,7 @@ def train(
     total = args.epochs * len(data)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "best": math.inf, "data": checksums}
+    state = {"step": 0, "samples": 0, "best": math.inf, "date": date, "data": checksums}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
         if state["data"] != checksums:

@@ -60,6 +60,7 @@ from common.data import (
     evenly,
     load_function,
     load_prompts,
+    pin_date,
     prompt_room,
     prompt_rows,
     short,
@@ -720,6 +721,7 @@ def train(
             columns = ", ".join(map(str, row.columns))
             raise UserError(f"{row.where}: has no reward, only {columns}; --format can map rows")
     tokenizer = load_tokenizer(args.tokenizer or args.model) if args.tokenizer or args.model else walks_tokenizer()
+    date = pin_date(tokenizer, checkpoint)
     lm = load_lm(args.model) if args.model else untrained_walker(args.seed)
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
@@ -784,7 +786,8 @@ def train(
     ahead = args.epochs * len(data)
     planned = math.ceil(ahead / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "actions": 0, "syncs": 0, "best": -math.inf, "data": check_data(data, "--format")}
+    state = {"step": 0, "samples": 0, "actions": 0, "syncs": 0, "best": -math.inf, "date": date,
+             "data": check_data(data, "--format")}
     if checkpoint:
         found = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)

@@ -48,6 +48,7 @@ from common.data import (
     evenly,
     load_function,
     load_prompts,
+    pin_date,
     prompt_room,
     shuffled,
 )
@@ -624,6 +625,7 @@ def train(
             os.replace(path + ".tmp", path)
         dist.barrier()
     tokenizer = load_tokenizer(args.tokenizer or path)
+    date = pin_date(tokenizer, checkpoint)
     reward_fn = reward_fn or load_reward(args, device)
     metric_fn = metric_fn or (walks.metric if walks else None)
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
@@ -654,7 +656,7 @@ def train(
     steps = min(planned, args.max_steps or planned)
     total_updates = planned * args.ppo_epochs * math.ceil(args.rollout_batch_size / args.batch_size)
     state = {"step": 0, "episodes": 0, "tokens": 0, "updates": 0, "kl_coef": args.kl_coef, "moments": (0, 0.0, 0.0),
-             "best": -math.inf}
+             "best": -math.inf, "date": date}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
     log = RunLog(folder, args, state["step"], steps, args.track, started)

@@ -47,6 +47,7 @@ from common.data import (
     load_function,
     load_prompts,
     pack,
+    pin_date,
     prompt_room,
     shuffled,
     special_tokens,
@@ -446,6 +447,7 @@ def train(
         tokenizer = walks_tokenizer()
     else:
         tokenizer = make_tokenizer(args, rows, folder, bool(checkpoint))
+    date = pin_date(tokenizer, checkpoint)
     if args.model:
         lm = load_lm(args.model)
     else:
@@ -516,7 +518,8 @@ def train(
     total = args.epochs * len(examples)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples + evals, "--format")}
+    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "date": date,
+             "data": check_data(examples + evals, "--format")}
     if checkpoint:
         data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)

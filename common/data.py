@@ -1,7 +1,9 @@
 """Rows from files and the Hub, prompts as token ids, the order of the data; users' functions found, called, checked."""
 
 import bisect
+import contextlib
 import csv
+import datetime
 import functools
 import gzip
 import heapq
@@ -15,14 +17,14 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 
-import jinja2
 import torch
 import torch.distributed as dist
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from common.cli import UserError
-from common.distributed import gather_rows, generator
+from common.distributed import broadcast, gather_rows, generator, read_state
 
 
 def read_rows(path: str, flag: str) -> list[dict]:
@@ -160,7 +162,8 @@ def encode_prompts(
     """Token ids of each row's prompt, at most `room` of them, and which prompts were cut, on `side`.
 
     The tokenizer's own special tokens are added and outlive a cut (Llama's BOS, T5's EOS), but no end token is put in
-    front of a causal output. A list of messages goes through the chat template. An empty prompt becomes the BOS token.
+    front of a causal output. A list of messages goes through the chat template, whose opening of the answer outlives a
+    cut, too. An empty prompt becomes the BOS token.
     """
     ids, cut = [], []
     head, tail = special_tokens(tokenizer, seq2seq)
@@ -172,6 +175,9 @@ def encode_prompts(
             whole = chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
             ends = chat_ends(whole, tokenizer)
         tokens = cut_prompt(whole, room, side, *ends)
+        if len(tokens) > room:
+            raise UserError(f"a prompt may have {room} tokens, and {sum(ends)} stay in each, special ones or those of the "
+                            "chat template's end: raise --max-length, or lower --max-new-tokens")
         cut.append(len(tokens) < len(whole))
         if not tokens:
             if start_token(tokenizer) is None:
@@ -201,8 +207,20 @@ def cut_prompt(ids: list[int], room: int, side: str, head: int = 0, tail: int = 
 
 
 def chat_ends(ids: list[int], tokenizer) -> tuple[int, int]:
-    """How many tokens at either end of a prompt by chat template outlive a cut: its BOS."""
-    return int(ids[:1] == [tokenizer.bos_token_id]), 0
+    """How many tokens at either end of a prompt by chat template outlive a cut: its BOS, and what the template writes
+    after a user's last word to ask for an answer."""
+    head = int(ids[:1] == [tokenizer.bos_token_id])
+    tail = len(os.path.commonprefix([ids[::-1], _closing(tokenizer, tokenizer.chat_template)]))
+    return head, min(tail, len(ids) - head)
+
+
+@functools.lru_cache(maxsize=1)
+def _closing(tokenizer, _template) -> list[int]:
+    """What the chat template writes between a user's words and the answer, last token first."""
+    with contextlib.suppress(UserError):  # a template may refuse a user's message alone
+        return os.path.commonprefix([chat_ids([{"role": "user", "content": said}], tokenizer,
+                                              add_generation_prompt=True)[::-1] for said in "ab"])
+    return []
 
 
 def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> list[list[list[int]]]:
@@ -230,6 +248,26 @@ def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> lis
     return pieces
 
 
+def pin_date(tokenizer, checkpoint: str | None) -> str:
+    """Let chat templates that write today's date write that of the run's beginning, also when it is resumed on another
+    day: its data must stay as they are. Returns it, for the `date` of the checkpoints' state."""
+    began = read_state(checkpoint).get("date") if checkpoint else None
+    tokenizer.run_date = broadcast(began or datetime.datetime.now().isoformat())
+    return tokenizer.run_date
+
+
+@contextlib.contextmanager
+def _dated(tokenizer):
+    """Today is the tokenizer's `run_date`, if it has one, for chat templates, which ask transformers."""
+    before, day = chat_template_utils.datetime, getattr(tokenizer, "run_date", None)
+    if day:
+        chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.datetime.fromisoformat(day))
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
+
+
 def chat_ids(messages: list[dict], tokenizer, **options) -> list[int]:
     """Token ids of messages by the tokenizer's chat template. Raises UserError where there is none, or it fails."""
     return _chat(messages, tokenizer, return_dict=True, **options)["input_ids"]
@@ -239,8 +277,9 @@ def _chat(messages, tokenizer, **options):
     if tokenizer.chat_template is None:
         raise UserError("the data has lists of messages and the tokenizer has no chat template: give texts")
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        with _dated(tokenizer):
+            return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program
         raise UserError(f"the tokenizer's chat template refuses {short(messages)}: {error}") from None
 
 
@@ -271,9 +310,10 @@ def chat_turns(
         spans = None
     elif marked:
         # what apply_chat_template does, but as places in the text, which do not depend on the tokenizer
-        (text,), (marks,) = render_jinja_template(
-            [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map)
+        with _dated(tokenizer):
+            (text,), (marks,) = chat_template_utils.render_jinja_template(
+                [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map)
         spans = [(start, stop) for start, stop in marks if start >= len(render(first))]
     else:
         parts = [(before(i), render(i + 1)) for i in answers]
@@ -339,7 +379,7 @@ def check_data(examples: list[tuple], flag: str) -> int:
     """A checksum of the data, tuples of arrays or bytes. Raises UserError where it is not the same on every rank."""
     found = 0
     for part in (part for example in examples for part in example):
-        found = zlib.crc32(part, found)
+        found = zlib.crc32(part, zlib.crc32(b"%d " % len(part), found))  # lengths too: where a part ends is data
     if len(set(gather_rows([found], dist.get_world_size()))) > 1:
         raise UserError(f"the processes have read different data: give all the same files, and a {flag} function that "
                         "returns the same on each")

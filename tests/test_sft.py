@@ -647,7 +647,7 @@ def test_a_long_prompt_gives_way_but_keeps_half_of_the_window(side, seq2seq):
                     truncation_side=side) == [
         "a[bcdefgh]", "cdefgh[ij]" if side == "left" else "abcdef[ij]", "a[bcd]ef[gh]"]
     chat = examples_of([says("hi", "yo", "q", "rst")], chat_tokenizer(), longest=12, truncation_side=side)
-    assert marked(chat[0][0]) == ("u hi$\n.a " if side == "left" else ".u hi$\n.a") + "[yo$]"
+    assert marked(chat[0][0]) == ("u hi$\n.a " if side == "left" else ".u h$\n.a ") + "[yo$]"
     assert chat[1:] == (0, 1)
 
 
