@@ -58,6 +58,7 @@ from common.data import (
     encode_prompts,
     evenly,
     is_chat,
+    listed,
     load_function,
     load_prompts,
     pack,
@@ -365,21 +366,20 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
     columns = {name: value for name, value in row.items() if value is not None}
     for name in ("chosen", "rejected"):
         if name not in columns:
-            found = ", ".join(map(str, columns)) or "nothing"
-            raise UserError(f"{where}: has no {name}, only {found}; --format can map rows")
-        if not isinstance(columns[name], str) and columns[name] != [] and not is_chat(columns[name]):
-            raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
-        if not columns[name]:
+            raise UserError(f"{where}: has no {name}, only {listed(columns)}; --format can map rows")
+        if isinstance(columns[name], (str, list)) and not columns[name]:
             raise UserError(f"{where}: {name} is empty; --format can leave rows out")
+        if not isinstance(columns[name], str) and not is_chat(columns[name]):
+            raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
     prompt, sides = columns.get("prompt"), [columns["chosen"], columns["rejected"]]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
     if isinstance(sides[0], str):
         if prompt is None:
             prompt = shared_beginning(*sides)
-            others = [value for value in columns.values() if value not in sides and len(str(value).split()) > 1]
+            others = [text for text in map(str, columns.values()) if text not in sides and len(text.split()) > 1]
             if not prompt or (others and not prompt.endswith("\n\nAssistant:")):  # perhaps it is in one of those
-                raise UserError(f"{where}: has no prompt, only {', '.join(map(str, columns))}; --format can map rows")
+                raise UserError(f"{where}: has no prompt, only {listed(columns)}; --format can map rows")
             sides = [side[len(prompt) :] for side in sides]
     elif not is_chat(prompt) or all(said(side[: len(prompt)]) == said(prompt) for side in sides):  # whole dialogues
         shared = next((i for i, (one, other) in enumerate(zip(*map(said, sides))) if one != other),

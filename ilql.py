@@ -58,9 +58,11 @@ from common.data import (
     check_data,
     encode_prompts,
     evenly,
+    listed,
     load_function,
     load_prompts,
     pin_date,
+    plain,
     prompt_room,
     prompt_rows,
     short,
@@ -306,7 +308,7 @@ class Trajectory(NamedTuple):
 
 def read_reward(value, where: str, depth: int = 2):
     """A row's reward as a float, a list of floats, or a list of lists of them. Raises UserError for what is none."""
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = plain(value)
     if isinstance(value, str):  # as CSV files have it
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -712,14 +714,13 @@ def train(
     rows = load_samples(samples, args.dataset, "--dataset",
                         load_function(args.format, "--format") if args.format else None)
     if rewards is not None:
-        rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+        rewards = plain(rewards)
         if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
             raise UserError(f"rewards: must be a list with one for each of the {len(rows)} samples")
         rows = [row._replace(columns={**row.columns, "reward": reward}) for row, reward in zip(rows, rewards)]
     for row in rows:
         if "reward" not in row.columns:
-            columns = ", ".join(map(str, row.columns))
-            raise UserError(f"{row.where}: has no reward, only {columns}; --format can map rows")
+            raise UserError(f"{row.where}: has no reward, only {listed(row.columns)}; --format can map rows")
     tokenizer = load_tokenizer(args.tokenizer or args.model) if args.tokenizer or args.model else walks_tokenizer()
     date = pin_date(tokenizer, checkpoint)
     lm = load_lm(args.model) if args.model else untrained_walker(args.seed)

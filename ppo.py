@@ -631,7 +631,7 @@ def train(
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
     eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)
     eval_rows = evenly(eval_rows, args.num_eval_prompts)
-    stop = list(args.stop if stop_sequences is None else stop_sequences)
+    stop = args.stop if stop_sequences is None else stop_sequences
 
     # --- models
     dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))

@@ -19,6 +19,9 @@ import yaml
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # it may quote a name or another error, of several lines
+
 
 def _flags_of(path: str, default) -> list[str]:
     """The settings of a YAML file as command-line words, so that they are checked in the same way."""
@@ -28,7 +31,7 @@ def _flags_of(path: str, default) -> list[str]:
             settings = yaml.safe_load(file) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no Unicode, or a day as 2026-13-01
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: must hold 'name: value' lines, not a {type(settings).__name__}")
@@ -124,6 +127,7 @@ def run(train, args_class, preset=None) -> None:
     A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others.
     """
     code, message = 0, ""
+    sys.stdout.reconfigure(errors="backslashreplace")  # samples hold letters that a terminal may not have
     try:
         train(parse(args_class, preset))
     except UserError as error:

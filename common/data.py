@@ -94,8 +94,43 @@ def is_chat(prompt) -> bool:
 
 def short(value) -> str:
     """A value's type and beginning, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits has none
+        text = ""
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def listed(columns) -> str:
+    """Names of columns, for messages."""
+    text = ", ".join(map(str, columns)) or "nothing"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def whole_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8. One with half of a character cannot, a lone surrogate such as JSON's
+    "\\ud83d" cut off from its other half, and no tokenizer takes it."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def plain(value):
+    """An array's numbers as a list, one number as Python's; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def given_rows(rows, where: str) -> list:
+    """What a user gave as rows, as a list. Raises UserError for what cannot be rows, or holds none."""
+    try:
+        found = None if isinstance(rows, (str, bytes)) or hasattr(rows, "keys") else list(rows)
+    except TypeError:
+        found = None
+    if not found:
+        what = "holds no rows" if found == [] else f"is not a list of rows, but {short(rows)}"
+        raise UserError(f"{where}: {what}")
+    return found
 
 
 def evenly(rows: list, most: int) -> list:
@@ -110,22 +145,23 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
     A prompt is a text, or a row whose column `prompt` (or, without one, `text`) is a text or a list of messages.
     Raises UserError naming `where` and the row.
     """
-    if isinstance(prompts, (str, dict)) or not len(prompts):
-        raise UserError(f"{where}: holds no prompts, or is not a list of them")
     rows = []
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(given_rows(prompts, where), 1):
         row = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
         if "prompt" not in row:
             if "text" not in row:
-                columns = ", ".join(map(str, row)) or "nothing"
-                raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {columns}")
+                raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {listed(row)}")
             row["prompt"] = row.pop("text")
         prompt = row["prompt"]
         if not isinstance(prompt, str) and not is_chat(prompt):
             raise UserError(f"{where}, row {number}: a prompt is a text or a list of messages, not {short(prompt)}")
+        if isinstance(prompt, str) and not whole_text(prompt):
+            raise UserError(f"{where}, row {number}: has half of a character, which is no text: {short(prompt)}")
+        if wrong := [name for name in row if not isinstance(name, str)]:  # functions get columns by name
+            raise UserError(f"{where}, row {number}: the name of a column is a text, not {short(wrong[0])}")
         rows.append(row)
-    columns = set().union(*rows) if len({frozenset(row) for row in rows}) > 1 else set()
-    return [dict.fromkeys(columns) | row for row in rows]  # every row has every column, None where it was missing
+    columns = {name: None for row in rows for name in row} if len({frozenset(row) for row in rows}) > 1 else {}
+    return [columns | row for row in rows]  # every row has every column, None where it was missing
 
 
 def load_prompts(given: list | None, path: str | None, flag: str, default: list, words: int | None) -> list[dict]:
@@ -176,8 +212,8 @@ def encode_prompts(
             ends = chat_ends(whole, tokenizer)
         tokens = cut_prompt(whole, room, side, *ends)
         if len(tokens) > room:
-            raise UserError(f"a prompt may have {room} tokens, and {sum(ends)} stay in each, special ones or those of the "
-                            "chat template's end: raise --max-length, or lower --max-new-tokens")
+            raise UserError(f"a prompt may have {room} tokens, and {sum(ends)} stay in each, special ones or those of "
+                            "the chat template's end: raise --max-length, or lower --max-new-tokens")
         cut.append(len(tokens) < len(whole))
         if not tokens:
             if start_token(tokenizer) is None:
@@ -278,7 +314,10 @@ def _chat(messages, tokenizer, **options):
         raise UserError("the data has lists of messages and the tokenizer has no chat template: give texts")
     try:
         with _dated(tokenizer):
-            return tokenizer.apply_chat_template(messages, **options)
+            found = tokenizer.apply_chat_template(messages, **options)
+        if isinstance(found, str):
+            found.encode()  # no tokenizer takes half of a character
+        return found
     except Exception as error:  # a template is a program
         raise UserError(f"the tokenizer's chat template refuses {short(messages)}: {error}") from None
 
@@ -399,7 +438,7 @@ def load_function(spec: str, flag: str) -> Callable:
             sys.path.append(os.getcwd())
             module = importlib.import_module(path)
         function = getattr(module, name)
-    except (FileNotFoundError, ImportError, AttributeError, ValueError) as error:
+    except (OSError, ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{flag} {spec}: {error}; give file.py:function or package.module:function") from None
     if not callable(function):
         raise UserError(f"{flag} {spec}: is {short(function)}, not a function")
@@ -408,13 +447,18 @@ def load_function(spec: str, flag: str) -> Callable:
 
 def call(function: Callable, /, **arguments):
     """Call a user's function with those of the arguments that it accepts. Raises UserError if it needs others."""
-    parameters = inspect.signature(function).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if missing := [name for name in needed if name not in arguments]:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise UserError(f"the function {name} needs an argument '{missing[0]}', but gets only {', '.join(arguments)}")
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some that are written in C
+        raise UserError(f"the function {name} does not tell its arguments: write a Python function around it") from None
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if missing := [p.name for p in needed if p.name not in arguments]:
+        raise UserError(f"the function {name} needs an argument '{missing[0]}', but gets only {listed(arguments)}")
+    if unnamed := [p.name for p in needed if p.kind is p.POSITIONAL_ONLY]:
+        raise UserError(f"the function {name} does not take '{unnamed[0]}' by name: take the / out of its arguments")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        accepted = {parameter.name for parameter in parameters}
+        accepted = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
         arguments = {name: value for name, value in arguments.items() if name in accepted}
     return function(**arguments)
 
@@ -425,17 +469,17 @@ def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
     lengths: output tokens of each sample. Raises UserError, naming the sample, for a wrong count, a wrong type, NaN,
     infinity, or more token rewards than tokens.
     """
-    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    scores = plain(scores)
     if not isinstance(scores, (list, tuple)) or len(scores) != len(lengths):
         what = f"{len(scores)} values" if isinstance(scores, (list, tuple)) else f"a {type(scores).__name__}"
         raise UserError(f"the reward function returned {what} for {len(lengths)} samples: return a list, one each")
     checked = []
     for number, (score, length) in enumerate(zip(scores, lengths)):
-        score = score.tolist() if hasattr(score, "tolist") else score
+        score = plain(score)
         dense = isinstance(score, (list, tuple))
+        score = [plain(value) for value in score] if dense else score
         for value in score if dense else [score]:
-            numeric = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
-            if not numeric or not abs(value) < 1e300:
+            if not isinstance(value, (int, float)) or not abs(value) < 1e300:
                 what = f"{short(value)} for sample {number}"
                 raise UserError(f"the reward function returned {what}: it must be a finite number")
         if dense and not 0 < len(score) <= length:
@@ -454,11 +498,13 @@ def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
         raise UserError(f"the metric function returned {short(metrics)}: return a dict of numbers or lists of numbers")
     checked = {}
     for name, value in metrics.items():
-        value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
-        if isinstance(value, list):
-            value = [x.item() if hasattr(x, "item") else x for x in value]
+        value = plain(value)
+        if isinstance(value, (list, tuple)):
+            value = [plain(x) for x in value]
         numbers = value if isinstance(value, list) else [value]
-        if len(numbers) != count and value is numbers or not all(isinstance(x, (int, float)) for x in numbers):
+        # NaN is a metric, an integer beyond all floats is none
+        numeric = all(isinstance(x, float) or isinstance(x, int) and abs(x) < 1e300 for x in numbers)
+        if len(numbers) != count and value is numbers or not numeric:
             raise UserError(f"the metric function returned {short(value)} as '{name}' of {count} samples: it must be "
                             "a number, or a list with a number for each sample")
         checked[str(name)] = value

@@ -86,15 +86,15 @@ class RunLog:
         self.folder, self.main, self.wandb, self.start = folder, dist.get_rank() == 0, None, started
         if not self.main:
             return
-        with open(f"{folder}/args.yaml", "w") as file:
+        with open(f"{folder}/args.yaml", "w", encoding="utf-8") as file:
             yaml.safe_dump(dataclasses.asdict(args), file, sort_keys=False)
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = os.path.join(folder, name)
             lines = []
             if step and os.path.exists(path):
-                with open(path) as file:
+                with open(path, encoding="utf-8") as file:
                     lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with open(path, "w") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 file.writelines(lines)
             if name == "metrics.jsonl" and lines:
                 self.start -= json.loads(lines[-1])["seconds"]
@@ -112,7 +112,7 @@ class RunLog:
         if not self.main:
             return
         row = {"step": step, **values, "seconds": round(time.time() - self.start, 3)}
-        with open(f"{self.folder}/metrics.jsonl", "a") as file:
+        with open(f"{self.folder}/metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=step)
@@ -127,7 +127,7 @@ class RunLog:
         """Append evaluation samples to samples.jsonl."""
         if not self.main:
             return
-        with open(f"{self.folder}/samples.jsonl", "a") as file:
+        with open(f"{self.folder}/samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
         if self.wandb and rows:
             import wandb

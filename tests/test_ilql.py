@@ -1260,7 +1260,7 @@ def test_what_sample_takes(valued_path):
         model, tokenizer, [".u hi<eos>\n.a "], max_new_tokens=5)
     assert len(ilql.sample(model, tokenizer, ["a" * 99, ""], max_new_tokens=5)) == 2
     for prompts in ([], "ab"):
-        with pytest.raises(UserError, match="^prompts: holds no prompts"):
+        with pytest.raises(UserError, match="^prompts: holds no rows"):
             ilql.sample(model, tokenizer, prompts)
 
 

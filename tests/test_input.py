@@ -348,7 +348,7 @@ def test_every_row_gets_every_column():
 
 
 @pytest.mark.parametrize("prompts,parts", [
-    ([], ["no prompts"]),
+    ([], ["no rows"]),
     (["a", 3], ["row 2", "int 3"]),
     ([None], ["row 1", "None"]),
     ([{"text": 1.5}], ["row 1", "float 1.5"]),
@@ -373,7 +373,7 @@ def test_load_prompts_takes_the_first_words_of_texts_only(tmp_path):
     assert ppo.load_prompts(given, path, "--prompts", [], 2) == [{"prompt": "a b"}, {"prompt": "d"}]
     assert given == [{"prompt": "a b c"}, "d"]
     assert ppo.load_prompts(None, None, "--prompts", [" a  b\nc"], None) == [{"prompt": " a  b\nc"}]
-    with refused("--prompts", "no prompts"):
+    with refused("--prompts", "no rows"):
         ppo.load_prompts([], path, "--prompts", ["default"], None)
     with refused(f"--prompts {write_rows(f'{tmp_path}/q.jsonl', [{'a': 'b'}])}", "row 1"):
         ppo.load_prompts(None, f"{tmp_path}/q.jsonl", "--prompts", [], None)

@@ -1313,7 +1313,7 @@ def test_another_tokenizer_gives_the_vocabulary(model_path, tmp_path):
 def test_a_trained_tokenizer_is_that_of_the_flags(config_path, tmp_path):
     """Also where an earlier try in the same folder stopped at a mistake."""
     flags = dict(samples=CORPUS, from_config=config_path, num_eval_prompts=1)
-    with pytest.raises(UserError, match="^--eval-prompts: holds no prompts"):
+    with pytest.raises(UserError, match="^--eval-prompts: holds no rows"):
         run(tmp_path, None, **flags, train_tokenizer=270, eval_prompts=[])
     folder = run(tmp_path, None, **flags, train_tokenizer=280)
     assert len(transformers.AutoTokenizer.from_pretrained(folder / "model")) == 280
