@@ -21,7 +21,7 @@ from common.distributed import init  # noqa: E402
 
 # Property tests: a short slice, the same each time; all cases, other ones each time, with PLAINRL_LONG=1
 LONG = os.environ.get("PLAINRL_LONG") == "1"
-settings.register_profile("short", max_examples=12, derandomize=True)
+settings.register_profile("short", max_examples=25, derandomize=True)
 settings.register_profile("long", max_examples=600, print_blob=True)
 settings.register_profile("all", settings.get_profile("long" if LONG else "short"), deadline=None, database=None,
                           suppress_health_check=list(HealthCheck))

@@ -782,8 +782,9 @@ def test_a_token_is_picked_by_its_probability(weights, uniform, top_k, top_p):
         assert below - 1e-6 <= uniform <= below + kept[found] / sum(kept) + 1e-6
 
 
-@given(mask=values | arrays | st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2**16)), data=st.data())
-def test_any_logit_mask_leaves_each_token_a_successor_or_is_refused(mask, data):
+@given(mask=values | arrays | st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2**16)))
+@example(mask=(0, 0, 0))
+def test_any_logit_mask_leaves_each_token_a_successor_or_is_refused(mask):
     if isinstance(mask, tuple) and len(mask) == 3:
         height, width, bits = mask
         mask = torch.tensor([bits >> i & 1 for i in range(height * width)], dtype=torch.bool).reshape(height, width)
@@ -955,7 +956,19 @@ def test_what_is_no_text_in_a_column_of_texts_is_refused_with_its_row(value):
         load_samples([{"turns": ["a", value]}], None, "x.jsonl", None)
 
 
+def test_a_template_that_writes_half_a_character_is_refused_with_its_row():
+    """From a field that nobody else reads, too."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.name }}{{ m.content }}<eos>{% endfor %}"
+    messages = [{"role": role, "content": "a", "name": "\ud83d"} for role in ("user", "assistant")]
+    for seq2seq in (False, True):
+        with pytest.raises(UserError, match="^x, row 1: the tokenizer's chat template refuses list .*surrogates not"):
+            sft.make_examples([sample_row(messages, "x, row 1")], tokenizer, (EOS,), seq2seq, 9, sft.Args())
+    with pytest.raises(UserError, match="^the tokenizer's chat template refuses list "):
+        encode_prompts([{"prompt": messages}], tokenizer, 9, "left", False)
+
+
 def test_the_long_run_has_ten_thousand_cases():
-    """The number of property tests in this file times the examples of each."""
-    assert settings.get_profile("long").max_examples * (
-        sum(hasattr(value, "hypothesis") for value in globals().values()) - 1) >= 10_000
+    """But for one, of settings, each property in this file has all the cases of the profile."""
+    count = sum(hasattr(value, "hypothesis") for value in globals().values())
+    assert settings.get_profile("long").max_examples * (count - 1) >= 20_000
