@@ -430,7 +430,8 @@ def load_function(spec: str, flag: str) -> Callable:
     path, _, name = spec.rpartition(":")
     try:
         if path.endswith(".py"):
-            found = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+            name_of_module = "users_" + os.path.basename(path)[:-3]  # a file may be called json.py
+            found = importlib.util.spec_from_file_location(name_of_module, path)
             module = importlib.util.module_from_spec(found)
             sys.modules[found.name] = module  # dataclasses and pickle look there
             found.loader.exec_module(module)

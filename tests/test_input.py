@@ -10,6 +10,7 @@ import functools
 import gzip
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,25 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(words, parts, model_pat
     assert len(lines) == 1 and lines[0].startswith("ppo.py: error: ")
     assert all(part in lines[0] for part in parts)
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_letters_that_a_locale_lacks_stop_no_run(tmp_path):
+    """In a locale of ASCII alone, samples are written all the same, and the terminal shows what it can."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import cli, distributed, metrics
+import sft
+def train(args):
+    distributed.init(1)
+    log = metrics.RunLog(".", args, 0, 1, False, 0.0)
+    log.samples(1, [{{"prompt": chr(0x1f642)}}])
+    metrics.say(chr(0x1f642))
+cli.run(train, sft.Args)
+"""
+    done = run_script("-c", code, cwd=tmp_path, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))["prompt"] == "🙂"
 
 
 def test_help_lists_every_flag(tmp_path):
@@ -558,10 +578,19 @@ def test_functions_are_found_in_files_and_modules(tmp_path, monkeypatch):
     assert ppo.load_reward(ppo.Args(reward=f"{tmp_path}/mine.py:score"), torch.device("cpu"))(["a"]) == [1.0]
 
 
+def test_a_users_file_does_not_stand_in_for_a_module_of_its_name(tmp_path):
+    code = "import dataclasses\n@dataclasses.dataclass\nclass Score:\n    value: float = 1.0\n"
+    (tmp_path / "json.py").write_text(code)
+    before = sys.modules["json"]
+    assert load_function(f"{tmp_path}/json.py:Score", "--reward")().value == 1.0 and sys.modules["json"] is before
+
+
 @pytest.mark.parametrize("spec,parts", [
     ("{}/nowhere.py:score", ["nowhere.py"]), ("{}/mine.py:scores", ["'scores'"]), ("no_such_module:score",
-    ["'no_such_module'"]), ("json:scores", ["'scores'"]), ("json.nowhere:score", ["json.nowhere"])])
+    ["'no_such_module'"]), ("json:scores", ["'scores'"]), ("json.nowhere:score", ["json.nowhere"]),
+    (".relative:score", ["relative"]), (":score", ["mpty module name"]), ("{}/folder.py:score", ["folder.py"])])
 def test_functions_that_do_not_exist_are_named(spec, parts, tmp_path):
+    (tmp_path / "folder.py").mkdir()
     (tmp_path / "mine.py").write_text("def score(samples):\n    return [1.0 for _ in samples]\n")
     spec = spec.format(tmp_path)
     with refused(f"--reward {spec}", *parts, "file.py:function"):

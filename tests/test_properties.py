@@ -930,6 +930,27 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(script, given, model_
         script.train(args, **task)
 
 
+@pytest.mark.parametrize("name", ["no pad", "no bos", "neither"])
+@pytest.mark.parametrize("script", [ppo, sft, ilql, dpo])
+def test_runs_without_a_pad_start_or_end_token(script, name, model_path, tmp_path):
+    """On prompts of pad or end tokens alone, and where the tokenizer has a start, on empty ones."""
+    tokenizer = {"no pad": char_tokenizer(), "no bos": char_tokenizer(bos=False), "neither": without_end()}[name]
+    tokenizer.pad_token = tokenizer.pad_token if name == "no bos" else None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    prompts = ["<eos>", "<pad><pad>", "<eos><pad><eos>", "a", *([] if name == "neither" else [""])]
+    given = {sft: [dict(prompt=prompt, completion="b") for prompt in prompts],
+             dpo: [dict(prompt=prompt, chosen="b<pad>", rejected="b") for prompt in prompts],
+             ilql: [dict(prompt=prompt, completion="b", reward=i) for i, prompt in enumerate(prompts)], ppo: prompts}
+    args = script.Args(model=model_path("gpt2"), tokenizer=f"{tmp_path}/tokenizer", output_dir=f"{tmp_path}/run",
+                       max_length=12, max_new_tokens=4, batch_size=5, max_steps=1,
+                       **(dict(total_episodes=5, rollout_batch_size=5) if script is ppo else {}))
+    task = dict(reward_fn=lambda samples: [0.0] * len(samples)) if script is ppo else {}
+    script.train(args, **{"prompts" if script is ppo else "pairs" if script is dpo else "samples": given[script]},
+                 eval_prompts=prompts, **task)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for row in rows for value in row.values()) and rows[-1]["step"] == 1
+
+
 def test_a_very_long_word():
     """300,000 letters without a space, in any builder, are as any others."""
     word = "a" * 300_000
