@@ -629,9 +629,10 @@ def sample(
     temperature: 0 is greedy. top_k, top_p: 0 and 1 for all tokens. stop_sequences: outputs end where the first begins.
     logit_mask: (V, V) bool, [i, j] forbids token j after token i. The same seed gives the same outputs.
     """
-    if not abs(beta) <= 1e6 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+    counts = min(batch_size, max_new_tokens)
+    if not abs(beta) <= 1e6 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or counts < 1:
         raise UserError("sample: beta lies within a million of 0, temperature and top_k are 0 or more, top_p more than "
-                        "0 and at most 1, batch_size at least 1")
+                        "0 and at most 1, batch_size and max_new_tokens at least 1")
     if beta and not model.heads:
         raise UserError(f"beta {beta} needs the heads of a run of ilql.py beside the model: heads.safetensors")
     rows = prompt_rows(prompts, "prompts")
