@@ -408,10 +408,10 @@ def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Calla
 
 def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int) -> list[Example]:
     """Both examples in at most `longest` tokens, behind one prompt: it is cut on `side` as far as the longer output
-    needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones.
-    """
+    needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones,
+    and one more, even if they are more than half."""
     prompt, most = sides[0].prompt, max(len(example.output) for example in sides)
-    room = longest - min(most, longest - min(len(prompt), longest // 2))
+    room = longest - min(most, max(0, longest - min(len(prompt), max(longest // 2, head + tail + 1))))
     prompt = cut_prompt(prompt, room, side, head, tail) if len(prompt) > room else prompt
     room = max(0, longest - len(prompt))
     return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]

@@ -199,8 +199,9 @@ def whole_example(ids: list[int], trained: list[int], ends: tuple[int, ...], eos
 
 def fit(example: Example, longest: int, side: str, head: int, tail: int) -> Example:
     """The example in at most `longest` tokens: the prompt is cut on `side`, to half of them at most, then the output's
-    end. The first `head` and the last `tail` tokens of the prompt stay, special ones."""
-    kept = longest - min(len(example.prompt), longest // 2)
+    end. The first `head` and the last `tail` tokens of the prompt stay, special ones, and one more, even if they are
+    more than half."""
+    kept = max(0, longest - min(len(example.prompt), max(longest // 2, head + tail + 1)))
     kept = max((i + 1 for i, trained in enumerate(example.trained[:kept]) if trained), default=0)
     output, trained, room = example.output[:kept], example.trained[:kept], longest - kept
     prompt = example.prompt if len(example.prompt) <= room else cut_prompt(example.prompt, room, side, head, tail)

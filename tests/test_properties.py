@@ -481,7 +481,7 @@ def test_an_example_is_cut_at_the_prompt_and_at_its_end(prompt, trained, longest
     assume(any(trained) and head + tail <= prompt)
     whole = Example([100 + i for i in range(prompt)], list(range(len(trained))), trained)
     found = answer(fit, whole, longest, side, head, tail)
-    output = trained[: longest - min(prompt, longest // 2)]
+    output = trained[: max(0, longest - min(prompt, max(longest // 2, head + tail + 1)))]
     while output and not output[-1]:
         output = output[:-1]
     ids = cut_prompt(whole.prompt, longest - len(output), side, head, tail)
@@ -490,6 +490,7 @@ def test_an_example_is_cut_at_the_prompt_and_at_its_end(prompt, trained, longest
         output = []
     assert found == (ids, list(range(len(output))), trained[: len(output)])
     assert not output or len(found.prompt) + len(found.output) <= longest
+    assert output or not trained[0] or min(prompt, head + tail + 1) >= longest, "what can keep an output keeps it"
 
 
 @given(texts=st.lists(pieces, min_size=1, max_size=5), name=tokenizers, length=st.integers(2, 9))
