@@ -950,7 +950,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(script, given, model_
     """Before training, whatever the data say: its tokens would be read beyond the table."""
     bpe_tokenizer([chr(i) for i in range(0x4E00, 0x4E80)], 300).save_pretrained(tmp_path / "large")
     args = script.Args(model=model_path("gpt2"), tokenizer=f"{tmp_path}/large", output_dir=f"{tmp_path}/run",
-                       max_length=16, max_new_tokens=4)
+                       max_length=16, max_new_tokens=4, max_steps=1)
     task = dict(prompts=given, reward_fn=lambda samples: [0.0] * len(samples)) if script is ppo else {
         "pairs" if script is dpo else "samples": given}
     with pytest.raises(UserError, match="^the tokenizer has [0-9]+ tokens and .* embeds fewer: give its own --token"):
