@@ -60,9 +60,10 @@ from common.data import (
     encode_prompts,
     evenly,
     is_chat,
-    load_function,
+    listed,
     load_prompts,
     pack,
+    pin_date,
     prompt_room,
     short,
     shuffled,
@@ -71,6 +72,7 @@ from common.data import (
     window,
 )
 from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
+from common.functions import load_function
 from common.generation import evaluate_samples, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
@@ -364,21 +366,20 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
     columns = {name: value for name, value in row.items() if value is not None}
     for name in ("chosen", "rejected"):
         if name not in columns:
-            found = ", ".join(map(str, columns)) or "nothing"
-            raise UserError(f"{where}: has no {name}, only {found}; --format can map rows")
-        if not isinstance(columns[name], str) and columns[name] != [] and not is_chat(columns[name]):
-            raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
-        if not columns[name]:
+            raise UserError(f"{where}: has no {name}, only {listed(columns)}; --format can map rows")
+        if isinstance(columns[name], (str, list)) and not columns[name]:
             raise UserError(f"{where}: {name} is empty; --format can leave rows out")
+        if not isinstance(columns[name], str) and not is_chat(columns[name]):
+            raise UserError(f"{where}: {name} is a text or a list of messages, not {short(columns[name])}")
     prompt, sides = columns.get("prompt"), [columns["chosen"], columns["rejected"]]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise UserError(f"{where}: chosen and rejected must both be texts, or both lists of messages")
     if isinstance(sides[0], str):
         if prompt is None:
             prompt = shared_beginning(*sides)
-            others = [value for value in columns.values() if value not in sides and len(str(value).split()) > 1]
+            others = [text for text in map(str, columns.values()) if text not in sides and len(text.split()) > 1]
             if not prompt or (others and not prompt.endswith("\n\nAssistant:")):  # perhaps it is in one of those
-                raise UserError(f"{where}: has no prompt, only {', '.join(map(str, columns))}; --format can map rows")
+                raise UserError(f"{where}: has no prompt, only {listed(columns)}; --format can map rows")
             sides = [side[len(prompt) :] for side in sides]
     elif not is_chat(prompt) or all(said(side[: len(prompt)]) == said(prompt) for side in sides):  # whole dialogues
         shared = next((i for i, (one, other) in enumerate(zip(*map(said, sides))) if one != other),
@@ -407,10 +408,10 @@ def load_pairs(given: list | None, path: str | None, flag: str, format_fn: Calla
 
 def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int) -> list[Example]:
     """Both examples in at most `longest` tokens, behind one prompt: it is cut on `side` as far as the longer output
-    needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones.
-    """
+    needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones,
+    and one more, even if they are more than half."""
     prompt, most = sides[0].prompt, max(len(example.output) for example in sides)
-    room = longest - min(most, longest - min(len(prompt), longest // 2))
+    room = longest - min(most, max(0, longest - min(len(prompt), max(longest // 2, head + tail + 1))))
     prompt = cut_prompt(prompt, room, side, head, tail) if len(prompt) > room else prompt
     room = max(0, longest - len(prompt))
     return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]
@@ -764,6 +765,7 @@ def train(
         rows, held_out = split(rows, args.held_out, args.num_eval_rows, args.seed)
     held_out = evenly(held_out, args.num_eval_rows)
     tokenizer, lm = load_tokenizer(args.tokenizer or path), load_lm(path)
+    date = pin_date(tokenizer, checkpoint)
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
     if tokenizer.eos_token_id is None:
@@ -829,7 +831,7 @@ def train(
     total = args.epochs * len(data)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "best": math.inf, "data": checksums}
+    state = {"step": 0, "samples": 0, "best": math.inf, "date": date, "data": checksums}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
         if state["data"] != checksums:

@@ -60,8 +60,9 @@ from common.data import (
     check_data,
     encode_prompts,
     evenly,
-    load_function,
+    listed,
     load_prompts,
+    pin_date,
     prompt_room,
     prompt_rows,
     short,
@@ -71,6 +72,7 @@ from common.data import (
     window,
 )
 from common.distributed import adamw, gather_rows, generator, init, optimizer_step, rank_rows, sharded_parameters
+from common.functions import load_function, plain
 from common.generation import evaluate_samples, noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
@@ -304,7 +306,7 @@ class Trajectory(NamedTuple):
 
 def read_reward(value, where: str, depth: int = 2):
     """A row's reward as a float, a list of floats, or a list of lists of them. Raises UserError for what is none."""
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = plain(value)
     if isinstance(value, str):  # as CSV files have it
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -625,9 +627,10 @@ def sample(
     temperature: 0 is greedy. top_k, top_p: 0 and 1 for all tokens. stop_sequences: outputs end where the first begins.
     logit_mask: (V, V) bool, [i, j] forbids token j after token i. The same seed gives the same outputs.
     """
-    if not abs(beta) <= 1e6 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+    counts = min(batch_size, max_new_tokens)
+    if not abs(beta) <= 1e6 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or counts < 1:
         raise UserError("sample: beta lies within a million of 0, temperature and top_k are 0 or more, top_p more than "
-                        "0 and at most 1, batch_size at least 1")
+                        "0 and at most 1, batch_size and max_new_tokens at least 1")
     if beta and not model.heads:
         raise UserError(f"beta {beta} needs the heads of a run of ilql.py beside the model: heads.safetensors")
     rows = prompt_rows(prompts, "prompts")
@@ -712,15 +715,15 @@ def train(
     rows = load_samples(samples, args.dataset, "--dataset",
                         load_function(args.format, "--format") if args.format else None)
     if rewards is not None:
-        rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+        rewards = plain(rewards)
         if not isinstance(rewards, (list, tuple)) or len(rewards) != len(rows):
             raise UserError(f"rewards: must be a list with one for each of the {len(rows)} samples")
         rows = [row._replace(columns={**row.columns, "reward": reward}) for row, reward in zip(rows, rewards)]
     for row in rows:
         if "reward" not in row.columns:
-            columns = ", ".join(map(str, row.columns))
-            raise UserError(f"{row.where}: has no reward, only {columns}; --format can map rows")
+            raise UserError(f"{row.where}: has no reward, only {listed(row.columns)}; --format can map rows")
     tokenizer = load_tokenizer(args.tokenizer or args.model) if args.tokenizer or args.model else walks_tokenizer()
+    date = pin_date(tokenizer, checkpoint)
     lm = load_lm(args.model) if args.model else untrained_walker(args.seed)
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
@@ -786,7 +789,8 @@ def train(
     ahead = args.epochs * len(data)
     planned = math.ceil(ahead / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "actions": 0, "syncs": 0, "best": -math.inf, "data": check_data(data, "--format")}
+    state = {"step": 0, "samples": 0, "actions": 0, "syncs": 0, "best": -math.inf, "date": date,
+             "data": check_data(data, "--format")}
     if checkpoint:
         found = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)

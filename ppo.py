@@ -32,6 +32,7 @@ import functools
 import math
 import os
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -42,16 +43,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.checkpoint import load_checkpoint, read_state, save_checkpoint
 from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
-from common.data import (
-    ask,
-    encode_prompts,
-    evenly,
-    load_function,
-    load_prompts,
-    prompt_room,
-    shuffled,
-)
+from common.data import check_data, encode_prompts, evenly, load_prompts, pin_date, prompt_room, shuffled
 from common.distributed import adamw, broadcast, gather_rows, generator, init, meet, optimizer_step, rank_rows
+from common.functions import ask, load_function
 from common.generation import evaluate_samples, noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
@@ -642,12 +636,13 @@ def train(
             os.replace(path + ".tmp", path)
         dist.barrier()
     tokenizer = load_tokenizer(args.tokenizer or path)
+    date = pin_date(tokenizer, checkpoint)
     reward_fn = reward_fn or load_reward(args, device)
     metric_fn = metric_fn or (walks.metric if walks else None)
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
     eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", rows, args.prompt_words)
     eval_rows = evenly(eval_rows, args.num_eval_prompts)
-    stop = list(args.stop if stop_sequences is None else stop_sequences)
+    stop = args.stop if stop_sequences is None else stop_sequences
 
     # --- models
     dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
@@ -672,9 +667,12 @@ def train(
     steps = min(planned, args.max_steps or planned)
     total_updates = planned * args.ppo_epochs * math.ceil(args.rollout_batch_size / args.batch_size)
     state = {"step": 0, "episodes": 0, "tokens": 0, "updates": 0, "kl_coef": args.kl_coef, "moments": (0, 0.0, 0.0),
-             "best": -math.inf}
+             "best": -math.inf, "date": date, "data": check_data([(array("i", row),) for row in ids + eval_ids], None)}
     if checkpoint:
+        data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
+        if state["data"] != data:
+            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
 
     def save(name: str, batch: dict | None = None) -> str:
         save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},

@@ -46,9 +46,9 @@ from common.data import (
     check_data,
     encode_prompts,
     evenly,
-    load_function,
     load_prompts,
     pack,
+    pin_date,
     prompt_room,
     shuffled,
     special_tokens,
@@ -56,6 +56,7 @@ from common.data import (
     window,
 )
 from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
+from common.functions import load_function
 from common.generation import evaluate_samples, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
@@ -447,6 +448,7 @@ def train(
         tokenizer = walks_tokenizer()
     else:
         tokenizer = make_tokenizer(args, rows, folder, bool(checkpoint))
+    date = pin_date(tokenizer, checkpoint)
     if args.model:
         lm = load_lm(args.model)
     else:
@@ -518,7 +520,8 @@ def train(
     total = args.epochs * len(examples)
     planned = math.ceil(total / args.batch_size)
     steps = min(planned, args.max_steps or planned)
-    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "data": check_data(examples + evals, "--format")}
+    state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "date": date,
+             "data": check_data(examples + evals, "--format")}
     if checkpoint:
         data = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)

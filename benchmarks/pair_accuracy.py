@@ -16,8 +16,9 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dpo  # noqa: E402
-from common.data import load_function, window  # noqa: E402
+from common.data import window  # noqa: E402
 from common.distributed import init  # noqa: E402
+from common.functions import load_function  # noqa: E402
 from common.models import LanguageModel, end_tokens, load_lm, load_tokenizer, shares_exactly  # noqa: E402
 
 

@@ -22,6 +22,9 @@ import yaml
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # it may quote a name or another error, of several lines
+
 
 class Terminated(BaseException):
     """The run was told to end (SIGTERM), and has written a checkpoint. The message is one line."""
@@ -40,7 +43,7 @@ def _flags_of(path: str, default) -> list[str]:
             settings = yaml.safe_load(file) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no Unicode, or a day as 2026-13-01
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--config {path}: must hold 'name: value' lines, not a {type(settings).__name__}")
@@ -195,6 +198,7 @@ def run(train, args_class, preset=None) -> None:
     143, see `stop_asked`.
     """
     _watch()
+    sys.stdout.reconfigure(errors="backslashreplace")  # samples hold letters that a terminal may not have
     try:
         train(parse(args_class, preset))
     except UserError as error:

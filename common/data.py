@@ -2,35 +2,25 @@
 
 import bisect
 import contextlib
-import copy
 import csv
-import faulthandler
+import datetime
 import functools
 import gzip
 import heapq
-import importlib
-import importlib.util
-import inspect
-import itertools
 import json
 import math
 import os
 import re
-import sys
-import threading
-import time
-import traceback
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Literal
+from types import SimpleNamespace
 
-import jinja2
 import torch
 import torch.distributed as dist
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
-from common.cli import FunctionError, UserError, leave
-from common.distributed import gather_rows, generator
+from common.checkpoint import read_state
+from common.cli import UserError
+from common.distributed import broadcast, gather_rows, generator
 
 
 def read_rows(path: str, flag: str) -> list[dict]:
@@ -100,8 +90,38 @@ def is_chat(prompt) -> bool:
 
 def short(value) -> str:
     """A value's type and beginning, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits has none
+        text = ""
     return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
+
+
+def listed(columns) -> str:
+    """Names of columns, for messages."""
+    text = ", ".join(map(str, columns)) or "nothing"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def whole_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8. One with half of a character cannot, a lone surrogate such as JSON's
+    "\\ud83d" cut off from its other half, and no tokenizer takes it."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def given_rows(rows, where: str) -> list:
+    """What a user gave as rows, as a list. Raises UserError for what cannot be rows, or holds none."""
+    try:
+        found = None if isinstance(rows, (str, bytes)) or hasattr(rows, "keys") else list(rows)
+    except TypeError:
+        found = None
+    if not found:
+        what = "holds no rows" if found == [] else f"is not a list of rows, but {short(rows)}"
+        raise UserError(f"{where}: {what}")
+    return found
 
 
 def evenly(rows: list, most: int) -> list:
@@ -116,22 +136,23 @@ def prompt_rows(prompts: list, where: str) -> list[dict]:
     A prompt is a text, or a row whose column `prompt` (or, without one, `text`) is a text or a list of messages.
     Raises UserError naming `where` and the row.
     """
-    if isinstance(prompts, (str, dict)) or not len(prompts):
-        raise UserError(f"{where}: holds no prompts, or is not a list of them")
     rows = []
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(given_rows(prompts, where), 1):
         row = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
         if "prompt" not in row:
             if "text" not in row:
-                columns = ", ".join(map(str, row)) or "nothing"
-                raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {columns}")
+                raise UserError(f"{where}, row {number}: has no column 'prompt' or 'text', only {listed(row)}")
             row["prompt"] = row.pop("text")
         prompt = row["prompt"]
         if not isinstance(prompt, str) and not is_chat(prompt):
             raise UserError(f"{where}, row {number}: a prompt is a text or a list of messages, not {short(prompt)}")
+        if isinstance(prompt, str) and not whole_text(prompt):
+            raise UserError(f"{where}, row {number}: has half of a character, which is no text: {short(prompt)}")
+        if wrong := [name for name in row if not isinstance(name, str)]:  # functions get columns by name
+            raise UserError(f"{where}, row {number}: the name of a column is a text, not {short(wrong[0])}")
         rows.append(row)
-    columns = set().union(*rows) if len({frozenset(row) for row in rows}) > 1 else set()
-    return [dict.fromkeys(columns) | row for row in rows]  # every row has every column, None where it was missing
+    columns = {name: None for row in rows for name in row} if len({frozenset(row) for row in rows}) > 1 else {}
+    return [columns | row for row in rows]  # every row has every column, None where it was missing
 
 
 def load_prompts(given: list | None, path: str | None, flag: str, default: list, words: int | None) -> list[dict]:
@@ -168,7 +189,8 @@ def encode_prompts(
     """Token ids of each row's prompt, at most `room` of them, and which prompts were cut, on `side`.
 
     The tokenizer's own special tokens are added and outlive a cut (Llama's BOS, T5's EOS), but no end token is put in
-    front of a causal output. A list of messages goes through the chat template. An empty prompt becomes the BOS token.
+    front of a causal output. A list of messages goes through the chat template, whose opening of the answer outlives a
+    cut, too. An empty prompt becomes the BOS token.
     """
     ids, cut = [], []
     head, tail = special_tokens(tokenizer, seq2seq)
@@ -180,6 +202,9 @@ def encode_prompts(
             whole = chat_ids(row["prompt"], tokenizer, add_generation_prompt=True)
             ends = chat_ends(whole, tokenizer)
         tokens = cut_prompt(whole, room, side, *ends)
+        if len(tokens) > room:
+            raise UserError(f"a prompt may have {room} tokens, and {sum(ends)} stay in each, special ones or those of "
+                            "the chat template's end: raise --max-length, or lower --max-new-tokens")
         cut.append(len(tokens) < len(whole))
         if not tokens:
             if start_token(tokenizer) is None:
@@ -209,8 +234,20 @@ def cut_prompt(ids: list[int], room: int, side: str, head: int = 0, tail: int = 
 
 
 def chat_ends(ids: list[int], tokenizer) -> tuple[int, int]:
-    """How many tokens at either end of a prompt by chat template outlive a cut: its BOS."""
-    return int(ids[:1] == [tokenizer.bos_token_id]), 0
+    """How many tokens at either end of a prompt by chat template outlive a cut: its BOS, and what the template writes
+    after a user's last word to ask for an answer."""
+    head = int(ids[:1] == [tokenizer.bos_token_id])
+    tail = len(os.path.commonprefix([ids[::-1], _closing(tokenizer, tokenizer.chat_template)]))
+    return head, min(tail, len(ids) - head)
+
+
+@functools.lru_cache(maxsize=1)
+def _closing(tokenizer, _template) -> list[int]:
+    """What the chat template writes between a user's words and the answer, last token first."""
+    with contextlib.suppress(UserError):  # a template may refuse a user's message alone
+        return os.path.commonprefix([chat_ids([{"role": "user", "content": said}], tokenizer,
+                                              add_generation_prompt=True)[::-1] for said in "ab"])
+    return []
 
 
 def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> list[list[list[int]]]:
@@ -238,6 +275,26 @@ def tokenize_turns(rows: list[list[str]], tokenizer, apart: bool = False) -> lis
     return pieces
 
 
+def pin_date(tokenizer, checkpoint: str | None) -> str:
+    """Let chat templates that write today's date write that of the run's beginning, also when it is resumed on another
+    day: its data must stay as they are. Returns it, for the `date` of the checkpoints' state."""
+    began = read_state(checkpoint).get("date") if checkpoint else None
+    tokenizer.run_date = broadcast(began or datetime.datetime.now().isoformat())
+    return tokenizer.run_date
+
+
+@contextlib.contextmanager
+def _dated(tokenizer):
+    """Today is the tokenizer's `run_date`, if it has one, for chat templates, which ask transformers."""
+    before, day = chat_template_utils.datetime, getattr(tokenizer, "run_date", None)
+    if day:
+        chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime.datetime.fromisoformat(day))
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
+
+
 def chat_ids(messages: list[dict], tokenizer, **options) -> list[int]:
     """Token ids of messages by the tokenizer's chat template. Raises UserError where there is none, or it fails."""
     return _chat(messages, tokenizer, return_dict=True, **options)["input_ids"]
@@ -247,8 +304,12 @@ def _chat(messages, tokenizer, **options):
     if tokenizer.chat_template is None:
         raise UserError("the data has lists of messages and the tokenizer has no chat template: give texts")
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        with _dated(tokenizer):
+            found = tokenizer.apply_chat_template(messages, **options)
+        if isinstance(found, str):
+            found.encode()  # no tokenizer takes half of a character
+        return found
+    except Exception as error:  # a template is a program
         raise UserError(f"the tokenizer's chat template refuses {short(messages)}: {error}") from None
 
 
@@ -279,9 +340,10 @@ def chat_turns(
         spans = None
     elif marked:
         # what apply_chat_template does, but as places in the text, which do not depend on the tokenizer
-        (text,), (marks,) = render_jinja_template(
-            [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map)
+        with _dated(tokenizer):
+            (text,), (marks,) = chat_template_utils.render_jinja_template(
+                [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map)
         spans = [(start, stop) for start, stop in marks if start >= len(render(first))]
     else:
         parts = [(before(i), render(i + 1)) for i in answers]
@@ -343,281 +405,13 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator(seed, 0, epoch)).tolist()
 
 
-def check_data(examples: list[tuple], flag: str) -> int:
-    """A checksum of the data, tuples of arrays or bytes. Raises UserError where it is not the same on every rank."""
+def check_data(examples: list[tuple], flag: str | None) -> int:
+    """A checksum of the data, tuples of arrays or bytes. Raises UserError where it is not the same on every rank; flag:
+    what names a user's function that takes part in making it."""
     found = 0
     for part in (part for example in examples for part in example):
-        found = zlib.crc32(part, found)
+        found = zlib.crc32(part, zlib.crc32(b"%d " % len(part), found))  # lengths too: where a part ends is data
     if len(set(gather_rows([found], dist.get_world_size()))) > 1:
-        raise UserError(f"the processes have read different data: give all the same files, and a {flag} function that "
-                        "returns the same on each")
+        raise UserError("the processes have read different data: give all the same files"
+                        + (f", and a {flag} function that returns the same on each" if flag else ""))
     return found
-
-
-# --- users' functions -------------------------------------------------------------------------------------------------
-
-
-def load_function(spec: str, flag: str) -> Callable:
-    """The function that `file.py:function` or `package.module:function` names. Raises UserError when there is none, and
-    FunctionError when its module fails."""
-    path, _, name = spec.rpartition(":")
-    hint = "give file.py:function or package.module:function"
-    if path.endswith(".py") and not os.path.isfile(path):
-        raise UserError(f"{flag} {spec}: no such file: '{path}'; {hint}")
-    try:
-        if path.endswith(".py"):
-            found = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module  # dataclasses and pickle look there
-            found.loader.exec_module(module)
-        else:
-            sys.path.append(os.getcwd())
-            module = importlib.import_module(path)
-    except (Exception, SystemExit) as error:
-        missing = not path or isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}.")
-        if missing and not path.endswith(".py"):
-            raise UserError(f"{flag} {spec}: {error}; {hint}") from None
-        raise FunctionError(f"{flag} {spec}: its module fails: {_reason(error)}") from _own_frames(error)
-    if not hasattr(module, name):
-        raise UserError(f"{flag} {spec}: {path} has no attribute '{name}'; {hint}")
-    function = getattr(module, name)
-    if not callable(function):
-        raise UserError(f"{flag} {spec}: is {short(function)}, not a function")
-    return function
-
-
-def call(function: Callable, /, **arguments):
-    """Call a user's function with those of the arguments that it accepts. Raises UserError if it needs others."""
-    name = _name(function)
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        raise UserError(f"{short(function)} is no function, or one that does not tell its arguments: wrap it in one "
-                        "that names them") from None
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if missing := [name for name in needed if name not in arguments]:
-        raise UserError(f"the function {name} needs an argument '{missing[0]}', but gets only {', '.join(arguments)}")
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        accepted = {parameter.name for parameter in parameters}
-        arguments = {name: value for name, value in arguments.items() if name in accepted}
-    return function(**arguments)
-
-
-def ask(
-    function: Callable, kind: Literal["reward", "metric"], items: list[dict], rows: list[dict], tokenizer,
-    timeout: float | None,
-):
-    """What a user's reward or metric function says of samples: `check_scores` or `check_metrics` of its answer.
-
-    The function gets copies of `text_columns(items, rows)` and of the tokenizer. Raises FunctionError when it fails,
-    naming the sample where a single one does it (for which the function is called again), and UserError for an answer
-    that means nothing. Ends this process when it takes more than `timeout` seconds (see `time_limit`).
-    """
-    def answer(items, rows):
-        found = call(function, **{**text_columns(items, rows), "tokenizer": _tokenizer_copy(tokenizer)})
-        if kind == "metric":
-            return check_metrics(found, len(items))
-        return check_scores(found, [len(item["tokens"]) for item in items])
-
-    begun, what, batch = time.monotonic(), f"the {kind} function {_name(function)}", f"a batch of {len(items)} samples"
-    what += f" on rank {dist.get_rank()}" if dist.get_world_size() > 1 else ""
-    late = f"{what} has not returned after {timeout or 0:g} seconds, for {batch}"
-    try:
-        with time_limit(timeout, f"{late}: its stack is above; mend it, or raise --reward-timeout"):
-            return answer(items, rows)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        cause, reason = _own_frames(error), _reason(error)
-    if len(items) > 1 and time.monotonic() - begun < SEARCH_SECONDS:
-        above = "".join(traceback.format_exception(cause))
-        with time_limit(4 * SEARCH_SECONDS, f"{what} failed on {batch}: {reason}", above):
-            batch = _failing(answer, items, rows, cause) or batch
-    elif len(items) == 1:
-        batch = f"sample 0 of 1, {_texts(items[0])}"
-    raise FunctionError(f"{what} failed on {batch}: {reason}") from cause
-
-
-SEARCH_SECONDS = 5.0  # what finding the sample that a function failed on may take
-GRACE_SECONDS = 5.0  # how long after a time limit the last resort acts
-
-
-def _failing(answer: Callable, items: list[dict], rows: list[dict], error: BaseException) -> str | None:
-    """Which samples alone make the function fail as it did, in words; None if there was no time to find out."""
-    def place(error):
-        frames = traceback.extract_tb(error.__traceback__)
-        return type(error), [(frame.filename, frame.lineno) for frame in frames[:1]]
-
-    begun, failed, tried = time.monotonic(), [], 0
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        while tried < len(items) and time.monotonic() - begun < SEARCH_SECONDS:
-            try:
-                answer(items[tried : tried + 1], rows[tried : tried + 1])
-            except (Exception, SystemExit) as other:
-                if place(_own_frames(other)) == place(error):
-                    failed.append(tried)
-            tried += 1
-    if not failed:
-        return f"a batch of {tried} samples, though on none of them alone" if tried == len(items) else None
-    first = f"sample {failed[0]} of {len(items)}, {_texts(items[failed[0]])}"
-    return first if len(failed) == 1 else f"{len(failed)} of {tried} samples, the first of them {first}"
-
-
-def _texts(item: dict) -> str:
-    shown = ((name, item[name][:80], "..." if len(item[name]) > 80 else "") for name in ("prompt", "output"))
-    return ", ".join(f"{name} {text!r}{more}" for name, text, more in shown)
-
-
-def _name(function: Callable) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _reason(error: BaseException) -> str:
-    """The type and message of an exception, as the last lines of a traceback have them, in one line."""
-    lines = "".join(traceback.format_exception_only(error)).splitlines()
-    line = next((line for line in lines if line[:1].strip()), type(error).__name__)
-    return line[:200] + ("..." if len(line) > 200 else "")
-
-
-def _own_frames(error: BaseException) -> BaseException:
-    """The exception with a traceback that begins in the user's code, not in ours or Python's importing."""
-    frozen, trace = "<frozen importlib", error.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, importlib.__file__, frozen)):
-        trace = trace.tb_next
-    return error.with_traceback(trace)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float | None, line: str, above: str | None = None):
-    """End this process, with exit code 2 and `line` below the stack of the block (or `above`), where the block takes
-    more seconds; torchrun then ends the others. None: no limit.
-
-    From a thread of its own, so that nothing in the block can catch it, and signals, which a function may use for time
-    limits of its own, stay free. C code that never lets another thread run, such as a regular expression that
-    backtracks, holds that thread up too: GRACE_SECONDS later faulthandler, which needs no interpreter, ends the process
-    with exit code 1 and the stack alone.
-    """
-    if seconds is None:
-        yield
-        return
-    caller = threading.get_ident()
-
-    def stop():
-        stack = traceback.extract_stack(sys._current_frames()[caller])
-        block = itertools.dropwhile(lambda frame: frame.filename != __file__, stack)
-        theirs = list(itertools.dropwhile(lambda frame: frame.filename == __file__, block))
-        shown = "Stack (most recent call last):\n" + "".join(traceback.format_list(theirs or stack))
-        leave(2, f"error: {line}", shown if above is None else above)
-
-    seconds = min(seconds, 1e9)  # clocks hold no more
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
-    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=2)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def text_columns(items: list[dict], rows: list[dict]) -> dict[str, list]:
-    """What a reward or metric function is called with: texts, sampled ids, and the other columns of the prompts. The
-    function may change all of it."""
-    metadata = {name: [_copy(row[name]) for row in rows] for name in rows[0] if name != "prompt"}
-    texts = {f"{name}s": [item[name] for item in items] for name in ("sample", "prompt", "output")}
-    return {**metadata, **texts, "output_ids": [list(item["tokens"]) for item in items]}
-
-
-def _copy(value):
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # an open file, a lock
-        return value
-
-
-_tokenizer_copy = functools.lru_cache(maxsize=1)(_copy)  # one, which keeps what the function sets
-
-
-def plain(value):
-    """A user's answer as lists, numbers and texts: arrays, tensors and series on any device, iterators, views. What is
-    no list of something, and what has names or no order, stays as it is."""
-    if type(value) in (float, int, bool, str, type(None)):
-        return value
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (str, bytes, Mapping, Set)):
-        return value
-    return [plain(each) for each in value] if isinstance(value, Iterable) else value
-
-
-def as_number(value) -> float | None:
-    """A number of any type as a float; None for anything else, texts of digits too."""
-    try:
-        return float(value) if hasattr(type(value), "__float__") else None
-    except (ArithmeticError, TypeError, ValueError):
-        return None
-
-
-def _each(values, count: int):
-    """Plain values for `count` samples: a column of single numbers (shape (N, 1)) as numbers, and a number as a list
-    where there is one sample. `.squeeze()` forgotten, and too much of it."""
-    if count == 1 and as_number(values) is not None:
-        return [values]
-    if isinstance(values, list) and all(isinstance(x, list) and len(x) == 1 and as_number(x[0]) is not None
-                                        for x in values):
-        return [value for value, in values]
-    return values
-
-
-def check_scores(scores, lengths: list[int]) -> list[float | list[float]]:
-    """A reward function's answer as a list with, for each sample, a number, or a list of numbers for its output tokens.
-
-    lengths: output tokens of each sample. Takes lists, arrays, tensors, iterators and columns of shape (N, 1). Raises
-    UserError, naming the sample, for a wrong count, a wrong type, NaN, infinity, or another number of token rewards
-    than tokens.
-    """
-    scores = _each(plain(scores), len(lengths))
-    if not isinstance(scores, list) or len(scores) != len(lengths):
-        what = f"{len(scores)} values" if isinstance(scores, list) else f"a {type(scores).__name__}"
-        raise UserError(f"the reward function returned {what} for {len(lengths)} samples: return a list, one each")
-    for number, (score, length) in enumerate(zip(scores, lengths)):
-        dense = isinstance(score, list)
-        for token, value in enumerate(score if dense else [score]):
-            found = as_number(value)
-            if found is None or not abs(found) <= torch.finfo(torch.float32).max:
-                what = f"{short(value)} for sample {number}" + (f", token {token}" if dense else "")
-                raise UserError(f"the reward function returned {what}: it must be a finite number (of float32)")
-        if dense and len(score) != length:
-            what = f"{len(score)} token rewards for sample {number}"
-            raise UserError(f"the reward function returned {what}, whose output has {length} tokens: return a number "
-                            "for each token in output_ids, the end token included, or one for the sample")
-    return [[float(value) for value in score] if isinstance(score, list) else float(score) for score in scores]
-
-
-def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
-    """A metric function's answer, as numbers and lists of `count` numbers by name; a bare list, as reward functions
-    return it, is called reward. Takes the types that `check_scores` takes, and NaN and infinity, which are logged as
-    they are: no training depends on a metric. Raises UserError for anything else."""
-    if not isinstance(metrics, Mapping):
-        values = _each(plain(metrics), count)
-        if not isinstance(values, list):
-            raise UserError(f"the metric function returned {short(metrics)}: return a dict of numbers or lists of "
-                            "numbers")
-        metrics = {"reward": values}
-    checked = {}
-    for name, value in metrics.items():
-        value = plain(value)
-        if not isinstance(name, str):
-            raise UserError(f"the metric function returned a metric called {short(name)}: a name is a text")
-        if isinstance(value, list) and len(value := _each(value, count)) != count:
-            raise UserError(f"the metric function returned {short(value)} as '{name}' of {count} samples, a list of "
-                            f"{len(value)}: return a number, or a list with a number for each sample")
-        for number, each in enumerate(value if isinstance(value, list) else [value]):
-            if as_number(each) is None:
-                what = f"{short(each)} as '{name}'" + (f" of sample {number}" if isinstance(value, list) else "")
-                raise UserError(f"the metric function returned {what}: it must be a number")
-        numbers = [each if isinstance(each, (int, float)) else float(each)
-                   for each in (value if isinstance(value, list) else [value])]
-        checked[name] = numbers if isinstance(value, list) else numbers[0]
-    return checked

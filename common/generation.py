@@ -12,8 +12,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from common.cli import UserError
-from common.data import ask
+from common.data import short, whole_text
 from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
+from common.functions import ask
 from common.graphs import FixedBatch
 from common.models import LanguageModel, LogitRules, collate, pad_rows
 
@@ -70,7 +71,11 @@ def find_stop(text: str, stop_sequences: list[str]) -> int:
 
 
 def stop_checker(tokenizer, stop_sequences: list[str]) -> Callable[[list[int]], bool] | None:
-    """A function for `generate` that tells whether an output's last token has completed a stop sequence."""
+    """A function for `generate` that tells whether an output's last token has completed a stop sequence. Raises
+    UserError for what is no list of texts, or an empty one, at which every output would end before it begins."""
+    is_list = isinstance(stop_sequences, (list, tuple))
+    if not is_list or not all(isinstance(stop, str) and stop and whole_text(stop) for stop in stop_sequences):
+        raise UserError(f"--stop or stop_sequences: must be a list of texts, none empty, not {short(stop_sequences)}")
     if not stop_sequences:
         return None
     # A stop sequence can spread over as many tokens as it has bytes; a few more give the decoder its context.
@@ -307,7 +312,7 @@ def sample_texts(
     """
     rows, real = rank_rows(len(prompts))
     mine = rows if keep_sharded else [row for row, is_real in zip(rows, real) if is_real]
-    stop, items = stop_checker(tokenizer, list(stop_sequences)), []
+    stop, items = stop_checker(tokenizer, stop_sequences), []
     size = batch_size if keep_sharded else max(1, len(mine))
     with unsharded(model, keep_sharded):
         for start in range(0, len(mine), size):
@@ -321,7 +326,7 @@ def sample_texts(
         if not model.seq2seq:  # decoded alone, an output loses its leading space in some tokenizers
             whole = tokenizer.decode(prompts[row] + item["tokens"], skip_special_tokens=True)
             output = whole[len(prompt) :] if whole.startswith(prompt) else output
-        if (end := find_stop(output, list(stop_sequences))) >= 0:
+        if (end := find_stop(output, stop_sequences)) >= 0:
             output = output[:end]
         item.update(prompt_ids=prompts[row], prompt=prompt, output=output,
                     sample=prompt + (" " if model.seq2seq else "") + output)

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,8 @@ transformers.logging.disable_progress_bar()  # the run has its own
 logging.getLogger("transformers.modeling_utils").addFilter(
     lambda record: "recommend passing in an `attention_mask`" not in record.getMessage())
 CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
+# What comes with a model is data: of code in its folder transformers would ask on the terminal whether to run it
+NO_CODE = dict(trust_remote_code=False)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -59,15 +62,15 @@ CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
 def load_tokenizer(path: str):
     """The tokenizer at a path or hub id. Its pad token may be missing or equal to EOS: nothing is inferred from ids."""
     with _readable("--model or --tokenizer", path):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)
 
 
 def load_lm(path: str) -> PreTrainedModel:
     """The causal or encoder-decoder LM at a path or hub id, in float32, and in eval mode for good: no dropout."""
     with _readable("--model", path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_pretrained(path, dtype=torch.float32).eval()
+        return auto.from_pretrained(path, dtype=torch.float32, **NO_CODE).eval()
 
 
 def load_config(path: str):
@@ -75,7 +78,7 @@ def load_config(path: str):
     or hub id. Raises UserError for settings that there are not."""
     with _readable("--from-config", path):
         if not path.endswith(".json"):
-            return AutoConfig.from_pretrained(path)
+            return AutoConfig.from_pretrained(path, **NO_CODE)
         if not os.path.isfile(path):
             raise UserError(f"--from-config {path}: no such file")
         with open(path, encoding="utf-8") as file:
@@ -105,7 +108,7 @@ def new_lm(path: str, tokenizer, seed: int) -> PreTrainedModel:
             config.decoder_start_token_id = next((token for token in starts if token is not None), 0)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         torch.manual_seed(seed)
-        return auto.from_config(config, dtype=torch.float32).eval()
+        return auto.from_config(config, dtype=torch.float32, **NO_CODE).eval()
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -130,6 +133,9 @@ def _readable(flag: str, path: str):
         yield
     except UserError:
         raise
+    except pickle.UnpicklingError:  # transformers reads old weight files as tensors alone
+        raise UserError(f"{flag} {path}: its weight file is a pickle of more than tensors, which is not read, since it "
+                        "would run as a program; give safetensors") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         what = "no such folder, and no hub model of that name can be reached"
         if os.path.isfile(path):
@@ -153,10 +159,11 @@ def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[
     """A sequence-classification model, with its own tokenizer, as a function from texts to scores: the probability of
     the label POSITIVE (else of label 1 of 2), or the bare output of a model that has only one, as reward models do."""
     with _readable(flag, path):
-        if not any("SequenceClassification" in name for name in AutoConfig.from_pretrained(path).architectures or []):
+        architectures = AutoConfig.from_pretrained(path, **NO_CODE).architectures or []
+        if not any("SequenceClassification" in name for name in architectures):
             raise UserError(f"{flag} {path}: is not a sequence-classification model; its head would be random")
         classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True,
-                            batch_size=batch_size)
+                            batch_size=batch_size, **NO_CODE)
     if classify.tokenizer.pad_token is None:  # GPT-2-like reward models, which read the last token that is not a pad
         classify.tokenizer.pad_token = classify.tokenizer.eos_token
         classify.model.config.pad_token_id = classify.tokenizer.pad_token_id
@@ -266,7 +273,7 @@ def check_logit_mask(mask, device: torch.device) -> torch.Tensor | None:
     if mask is None:
         return None
     fits = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 2
-    if not fits or mask.shape[0] != mask.shape[1] or mask.all(1).any():
+    if not fits or mask.shape[0] != mask.shape[1] or not len(mask) or mask.all(1).any():
         raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
     return mask.to(device)
 

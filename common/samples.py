@@ -8,12 +8,15 @@ from common.data import (
     chat_ids,
     chat_turns,
     cut_prompt,
+    given_rows,
     is_chat,
+    listed,
     read_rows,
     short,
     special_tokens,
     start_token,
     tokenize_turns,
+    whole_text,
 )
 
 
@@ -42,12 +45,8 @@ def formatted_rows(
     """The rows of a list, else of a file or Hub data set, by the user's function if there is one, each with its place
     for messages; nothing given is changed. Raises UserError where there are none, or the function fails."""
     where = flag if given is not None else f"{flag} {path}"
-    if isinstance(given, str) or hasattr(given, "keys") or (given is not None and not hasattr(given, "__iter__")):
-        raise UserError(f"{where}: is not a list of rows")
-    if given is not None and not (given := list(given)):
-        raise UserError(f"{where}: holds no rows")
     rows = []
-    for number, row in enumerate(read_rows(path, flag) if given is None else given, 1):
+    for number, row in enumerate(read_rows(path, flag) if given is None else given_rows(given, where), 1):
         try:
             row = format_fn(dict(row) if isinstance(row, dict) else row) if format_fn else row
         except Exception as error:
@@ -96,11 +95,13 @@ def sample_row(row, where: str) -> Row:
     elif "text" in columns:
         turns, said = [columns["text"]], [True]
     else:
-        raise UserError(f"{where}: has no text, prompt and completion, messages or turns, only "
-                        f"{', '.join(map(str, columns)) or 'nothing'}; --format can map rows")
+        raise UserError(f"{where}: has no text, prompt and completion, messages or turns, only {listed(columns)}; "
+                        "--format can map rows")
     texts = [message[name] for message in messages for name in ("role", "content")] if messages else turns
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise UserError(f"{where}: what is said must be texts, not {short(wrong[0])}")
+    if wrong := [text for text in texts if not whole_text(text)]:
+        raise UserError(f"{where}: has half of a character, which is no text: {short(wrong[0])}")
     return Row(where, columns, turns, said, messages, first)
 
 
@@ -198,8 +199,9 @@ def whole_example(ids: list[int], trained: list[int], ends: tuple[int, ...], eos
 
 def fit(example: Example, longest: int, side: str, head: int, tail: int) -> Example:
     """The example in at most `longest` tokens: the prompt is cut on `side`, to half of them at most, then the output's
-    end. The first `head` and the last `tail` tokens of the prompt stay, special ones."""
-    kept = longest - min(len(example.prompt), longest // 2)
+    end. The first `head` and the last `tail` tokens of the prompt stay, special ones, and one more, even if they are
+    more than half."""
+    kept = max(0, longest - min(len(example.prompt), max(longest // 2, head + tail + 1)))
     kept = max((i + 1 for i, trained in enumerate(example.trained[:kept]) if trained), default=0)
     output, trained, room = example.output[:kept], example.trained[:kept], longest - kept
     prompt = example.prompt if len(example.prompt) <= room else cut_prompt(example.prompt, room, side, head, tail)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,14 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 from common.distributed import init  # noqa: E402
+
+# Property tests: a short slice, the same each time; all cases, other ones each time, with PLAINRL_LONG=1
+LONG = os.environ.get("PLAINRL_LONG") == "1"
+settings.register_profile("short", max_examples=25, derandomize=True)
+settings.register_profile("long", max_examples=600, print_blob=True)
+settings.register_profile("all", settings.get_profile("long" if LONG else "short"), deadline=None, database=None,
+                          suppress_health_check=list(HealthCheck))
+settings.load_profile("all")
 
 VOCABULARY = 61
 _IDS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)

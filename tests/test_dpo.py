@@ -999,7 +999,7 @@ def test_numbers_computed_before_are_read_if_they_are_of_this_data(tmp_path, mon
 def test_numbers_computed_before_are_not_those_of_another_split(model_path, tmp_path):
     """The same rows in the same order, one more of them held out; the first try stopped at a mistake after them."""
     flags = dict(model=model_path("gpt2"), precompute_reference=True, num_eval_prompts=2, learning_rate=1e-9)
-    with pytest.raises(UserError, match="^--eval-prompts: holds no prompts"):
+    with pytest.raises(UserError, match="^--eval-prompts: holds no rows"):
         run(tmp_path, rows=ROWS[:7], held_out_pairs=ROWS[7:], eval_prompts=[], **flags)
     folder = run(tmp_path, rows=ROWS[:6], held_out_pairs=ROWS[6:], **flags)
     start, *_, last = rows_of(folder)
@@ -1012,7 +1012,7 @@ def test_numbers_computed_before_are_not_those_of_another_model(model_path, tmp_
     tiny_lm("gpt2", seed=1).save_pretrained(tmp_path / "other")
     char_tokenizer().save_pretrained(tmp_path / "other")
     flags = dict(precompute_reference=True, num_eval_prompts=2, max_steps=1)
-    with pytest.raises(UserError, match="^--eval-prompts: holds no prompts"):
+    with pytest.raises(UserError, match="^--eval-prompts: holds no rows"):
         run(tmp_path, str(tmp_path / "other"), eval_prompts=[], **flags)
     folder = run(tmp_path, model_path("gpt2"), **flags)
     assert rows_of(folder)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -1234,7 +1234,7 @@ def test_a_row_that_is_no_pair_is_one_line_that_names_it(row, problem, tmp_path)
 
 def test_what_is_no_list_of_pairs_is_refused(tmp_path):
     for given in (GOOD, "a text", 3):
-        with pytest.raises(UserError, match="^--dataset: is not a list of rows$"):
+        with pytest.raises(UserError, match="^--dataset: is not a list of rows, but "):
             dpo.load_pairs(given, None, "--dataset", None)
     with pytest.raises(UserError, match="^--dataset: holds no rows$"):
         dpo.load_pairs([], None, "--dataset", None)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import ppo
 from common.cli import UserError
-from common.data import call, check_scores, load_function
+from common.functions import call, check_scores, load_function
 from common.models import new_lm
 from common.samples import sample_row
 

@@ -1259,9 +1259,14 @@ def test_what_sample_takes(valued_path):
     assert ilql.sample(model, tokenizer, [says("hi")], max_new_tokens=5) == ilql.sample(
         model, tokenizer, [".u hi<eos>\n.a "], max_new_tokens=5)
     assert len(ilql.sample(model, tokenizer, ["a" * 99, ""], max_new_tokens=5)) == 2
-    for prompts in ([], "ab"):
-        with pytest.raises(UserError, match="^prompts: holds no prompts"):
+    for prompts, what in (([], "holds no rows$"), ("ab", "is not a list of rows, but str 'ab'$")):
+        with pytest.raises(UserError, match=f"^prompts: {what}"):
             ilql.sample(model, tokenizer, prompts)
+    for wrong in (dict(max_new_tokens=0), dict(batch_size=0), dict(top_p=0.0), dict(top_k=-1), dict(beta=1e7)):
+        with pytest.raises(UserError, match="^sample: .*max_new_tokens at least 1$"):
+            ilql.sample(model, tokenizer, ["ab"], **wrong)
+    with pytest.raises(UserError, match="stop_sequences: must be a list of texts, none empty, not str 'ab'$"):
+        ilql.sample(model, tokenizer, ["ab"], stop_sequences="ab")
 
 
 @pytest.mark.parametrize("architecture,flags", [

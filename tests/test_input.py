@@ -5,9 +5,12 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import gzip
 import json
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +18,16 @@ import pytest
 import torch
 from conftest import ROOT, bpe_tokenizer, char_tokenizer, run_script
 from tokenizers import processors
+from transformers.utils import chat_template_utils
 
+import dpo
+import ilql
 import ppo
-from common import cli
+import sft
+from common import cli, data
 from common.cli import UserError
-from common.data import call, check_scores, encode_prompts, load_function, prompt_room, prompt_rows, read_rows, shuffled
+from common.data import chat_ends, check_data, encode_prompts, prompt_room, prompt_rows, read_rows, shuffled
+from common.functions import call, check_scores, load_function
 from common.randomwalks import LETTERS, random_walks
 from common.randomwalks import tokenizer as walks_tokenizer
 
@@ -160,6 +168,25 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(words, parts, model_pat
     assert len(lines) == 1 and lines[0].startswith("ppo.py: error: ")
     assert all(part in lines[0] for part in parts)
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_letters_that_a_locale_lacks_stop_no_run(tmp_path):
+    """In a locale of ASCII alone, samples are written all the same, and the terminal shows what it can."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import cli, distributed, metrics
+import sft
+def train(args):
+    distributed.init(1)
+    log = metrics.RunLog(".", args, 0, 1, False, 0.0)
+    log.samples(1, [{{"prompt": chr(0x1f642)}}])
+    metrics.say(chr(0x1f642))
+cli.run(train, sft.Args)
+"""
+    done = run_script("-c", code, cwd=tmp_path, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))["prompt"] == "🙂"
 
 
 def test_help_lists_every_flag(tmp_path):
@@ -331,7 +358,7 @@ def test_every_row_gets_every_column():
 
 
 @pytest.mark.parametrize("prompts,parts", [
-    ([], ["no prompts"]),
+    ([], ["no rows"]),
     (["a", 3], ["row 2", "int 3"]),
     ([None], ["row 1", "None"]),
     ([{"text": 1.5}], ["row 1", "float 1.5"]),
@@ -356,7 +383,7 @@ def test_load_prompts_takes_the_first_words_of_texts_only(tmp_path):
     assert ppo.load_prompts(given, path, "--prompts", [], 2) == [{"prompt": "a b"}, {"prompt": "d"}]
     assert given == [{"prompt": "a b c"}, "d"]
     assert ppo.load_prompts(None, None, "--prompts", [" a  b\nc"], None) == [{"prompt": " a  b\nc"}]
-    with refused("--prompts", "no prompts"):
+    with refused("--prompts", "no rows"):
         ppo.load_prompts([], path, "--prompts", ["default"], None)
     with refused(f"--prompts {write_rows(f'{tmp_path}/q.jsonl', [{'a': 'b'}])}", "row 1"):
         ppo.load_prompts(None, f"{tmp_path}/q.jsonl", "--prompts", [], None)
@@ -424,6 +451,110 @@ def test_messages_go_through_the_chat_template():
         assert cut == [False, False]
 
 
+OPENINGS = {  # chat templates, and what each writes after a user's last word
+    "{% for m in messages %}.{{ m.role[0] }} {{ m.content }}!{% endfor %}{% if add_generation_prompt %}.a {% endif %}":
+        "!.a ",
+    "{% for m in messages %}{{ m.content }}|{% endfor %}": "|",
+    "<bos>{{ messages[-1].content }}": "",
+    "<bos>ab": "ab",
+}
+
+
+@pytest.mark.parametrize("template", OPENINGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_opening_of_an_answer_outlives_a_cut(template, side):
+    """Whatever side a chat is cut on: without it the model would go on with the user's words."""
+    tokenizer, opening = char_tokenizer(), ids_of(OPENINGS[template])
+    tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "abcdefghijklmnop"}, {"role": "user", "content": "ABCDEFGHIJKLMNOP"}]
+    (whole,), _ = encode([messages], tokenizer)
+    head = int(whole[0] == 1)
+    assert chat_ends(whole, tokenizer) == (head, len(opening))
+    for room in range(head + len(opening) + 1, len(whole) + 2):
+        (ids,), (cut,) = encode([messages], tokenizer, room, side)
+        assert len(ids) == min(room, len(whole)) and cut == (room < len(whole)) and ids[:head] == whole[:head]
+        assert ids[len(ids) - len(opening):] == opening
+        body, space = whole[head : len(whole) - len(opening)], len(ids) - head - len(opening)
+        kept = body[len(body) - space:] if side == "left" else body[:space]
+        assert ids[head : len(ids) - len(opening)] == kept
+    if len(whole) > head + len(opening):
+        with refused(f"may have {head + len(opening)} tokens", "--max-length"):
+            encode([messages], tokenizer, head + len(opening), side)
+
+
+def test_a_template_that_refuses_a_user_alone_is_cut_as_any_text():
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+                               "{% for m in messages %}{{ m.content }}{% endfor %}|")
+    messages = [{"role": "system", "content": "abc"}, *CHAT]
+    assert encode([messages], tokenizer, 4, "right")[0] == [ids_of("abch")]
+
+
+def test_no_prompt_is_longer_than_its_room():
+    """One that would be, with the special tokens that stay, is refused before it meets a model without positions."""
+    assert encode(["abc"], with_specials("<bos> $A"), 2)[0] == [[1, *ids_of("c")]]
+    assert encode([""], with_specials("<bos> $A"), 1)[0] == [[1]]
+    for seq2seq in (False, True):
+        with refused(f"may have {1 + seq2seq} tokens, and {1 + seq2seq} stay", "--max-length", "--max-new-tokens"):
+            encode(["a", "bc"], with_specials("<bos> $A <eos>"), 1 + seq2seq, seq2seq=seq2seq)
+
+
+# --- data that must not change ----------------------------------------------------------------------------------------
+
+
+def test_the_checksum_sees_where_a_part_ends():
+    """The same bytes, in other parts or other examples, are other data."""
+    sums = {check_data(examples, "--format") for examples in (
+        [(b"ab", b"c")], [(b"a", b"bc")], [(b"", b"abc")], [(b"abc", b"")], [(b"ab", b"c"), (b"", b"")],
+        [(b"ab", b""), (b"c", b"")], [], [(b"", b"")])}
+    assert len(sums) == 8
+
+
+class Day(datetime.datetime):
+    """A clock that tests set."""
+
+    @classmethod
+    def now(cls):
+        return cls(2026, 11, cls.today)
+
+
+@pytest.mark.parametrize("script,given", [
+    (sft, [{"prompt": CHAT, "completion": word} for word in ("yo", "no", "so")]),
+    (dpo, [{"prompt": CHAT, "chosen": word, "rejected": "go"} for word in ("yo", "no", "so")]),
+    (ilql, [{"prompt": CHAT, "completion": word, "reward": i} for i, word in enumerate(("yo", "no", "so"))]),
+    (ppo, [{"prompt": CHAT}, {"prompt": [{"role": "user", "content": "ho"}]}]),
+], ids=["sft", "dpo", "ilql", "ppo"])
+def test_a_run_goes_on_another_day_with_the_date_that_it_began_with(script, given, model_path, tmp_path, monkeypatch):
+    """Chat templates such as Llama 3's write today's date. A resumed run must have the data that it had."""
+    model, tokenizer = f"{tmp_path}/model", char_tokenizer()
+    tokenizer.chat_template = ("{{ strftime_now('%A') }}{% for m in messages %}{{ m.content }}{% if not loop.last %}|"
+                               "{% endif %}{% endfor %}{% if add_generation_prompt %}|{% endif %}")
+    shutil.copytree(model_path("gpt2"), model)
+    tokenizer.save_pretrained(model)
+    sizes = dict(total_episodes=4, rollout_batch_size=2) if script is ppo else dict(epochs=2)
+    monkeypatch.setattr(data.datetime, "datetime", Day)
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    written = []
+
+    def train(folder, day, steps, **flags):
+        Day.today = day
+        args = script.Args(model=model, output_dir=f"{tmp_path}/{folder}", batch_size=2, max_new_tokens=4,
+                           max_length=40, num_eval_prompts=1, max_steps=steps, save_every=1, **sizes, **flags)
+        task = dict(reward_fn=lambda prompts: written.extend(prompts) or [1.0] * len(prompts)) if script is ppo else {}
+        metric = lambda prompts: written.extend(prompts) or {}
+        script.train(args, **task, **{"prompts" if script is ppo else "pairs" if script is dpo else "samples": given},
+                     metric_fn=metric)
+        return (tmp_path / folder / "model" / "model.safetensors").read_bytes()
+
+    straight = train("straight", 2, 2)
+    train("resumed", 2, 1)
+    assert train("resumed", 3, 2, resume="auto") == straight
+    assert {prompt[:6] for prompt in written} == {"Monday"}
+    written.clear()
+    assert train("later", 3, 2) != straight and {prompt[:7] for prompt in written} == {"Tuesday"}
+    assert chat_template_utils.datetime is Day, "outside of runs templates have today's date"
+
+
 # --- users' functions -------------------------------------------------------------------------------------------------
 
 
@@ -437,10 +568,19 @@ def test_functions_are_found_in_files_and_modules(tmp_path, monkeypatch):
     assert ppo.load_reward(ppo.Args(reward=f"{tmp_path}/mine.py:score"), torch.device("cpu"))(["a"]) == [1.0]
 
 
+def test_a_users_file_does_not_stand_in_for_a_module_of_its_name(tmp_path):
+    code = "import dataclasses\n@dataclasses.dataclass\nclass Score:\n    value: float = 1.0\n"
+    (tmp_path / "json.py").write_text(code)
+    before = sys.modules["json"]
+    assert load_function(f"{tmp_path}/json.py:Score", "--reward")().value == 1.0 and sys.modules["json"] is before
+
+
 @pytest.mark.parametrize("spec,parts", [
     ("{}/nowhere.py:score", ["nowhere.py"]), ("{}/mine.py:scores", ["'scores'"]), ("no_such_module:score",
-    ["'no_such_module'"]), ("json:scores", ["'scores'"]), ("json.nowhere:score", ["json.nowhere"])])
+    ["'no_such_module'"]), ("json:scores", ["'scores'"]), ("json.nowhere:score", ["json.nowhere"]),
+    (".relative:score", ["relative"]), (":score", ["mpty module name"]), ("{}/folder.py:score", ["folder.py"])])
 def test_functions_that_do_not_exist_are_named(spec, parts, tmp_path):
+    (tmp_path / "folder.py").mkdir()
     (tmp_path / "mine.py").write_text("def score(samples):\n    return [1.0 for _ in samples]\n")
     spec = spec.format(tmp_path)
     with refused(f"--reward {spec}", *parts, "file.py:function"):

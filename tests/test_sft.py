@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import ppo
 import sft
 from common.cli import UserError, parse
-from common.data import chat_ids, check_metrics, encode_prompts, pack, shuffled, tokenize_turns
+from common.data import chat_ids, encode_prompts, pack, shuffled, tokenize_turns
 from common.distributed import gather_rows, init
+from common.functions import check_metrics
 from common.models import LanguageModel, new_lm, packs_exactly, prepare
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!|\n"  # ids from 3 on; 0 is pad
@@ -647,7 +648,7 @@ def test_a_long_prompt_gives_way_but_keeps_half_of_the_window(side, seq2seq):
                     truncation_side=side) == [
         "a[bcdefgh]", "cdefgh[ij]" if side == "left" else "abcdef[ij]", "a[bcd]ef[gh]"]
     chat = examples_of([says("hi", "yo", "q", "rst")], chat_tokenizer(), longest=12, truncation_side=side)
-    assert marked(chat[0][0]) == ("u hi$\n.a " if side == "left" else ".u hi$\n.a") + "[yo$]"
+    assert marked(chat[0][0]) == ("u hi$\n.a " if side == "left" else ".u h$\n.a ") + "[yo$]"
     assert chat[1:] == (0, 1)
 
 
@@ -1313,7 +1314,7 @@ def test_another_tokenizer_gives_the_vocabulary(model_path, tmp_path):
 def test_a_trained_tokenizer_is_that_of_the_flags(config_path, tmp_path):
     """Also where an earlier try in the same folder stopped at a mistake."""
     flags = dict(samples=CORPUS, from_config=config_path, num_eval_prompts=1)
-    with pytest.raises(UserError, match="^--eval-prompts: holds no prompts"):
+    with pytest.raises(UserError, match="^--eval-prompts: holds no rows"):
         run(tmp_path, None, **flags, train_tokenizer=270, eval_prompts=[])
     folder = run(tmp_path, None, **flags, train_tokenizer=280)
     assert len(transformers.AutoTokenizer.from_pretrained(folder / "model")) == 280

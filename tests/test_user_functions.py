@@ -28,7 +28,7 @@ import ilql
 import ppo
 import sft
 from common.cli import FunctionError, UserError
-from common.data import ask, check_metrics, check_scores, load_function
+from common.functions import ask, check_metrics, check_scores, load_function
 
 TINY = dict(total_episodes=8, rollout_batch_size=8, batch_size=8, max_length=32, max_new_tokens=4, num_eval_prompts=2)
 ITEMS = [dict(sample=f"{prompt} {output}", prompt=prompt, output=output, tokens=[4] * len(output))
