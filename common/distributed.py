@@ -154,8 +154,20 @@ def shard(
         fully(module, torch.float32)
     # a trained root stays gathered from its forward to its backward, which a reference never has
     fully(model, dtype, reshard_after_forward=not trained)
+    if not trained:
+        model.register_forward_hook(_forget_forward)
     for name in methods:
         register_fsdp_forward_method(model, name)
+
+
+def _forget_forward(model: nn.Module, *_) -> None:
+    """FSDP (torch 2.13) lists every forward of every group for the backward to come, which a frozen model never has: in
+    a long run the lists would fill the memory."""
+    with contextlib.suppress(AttributeError):  # they are its own, and may be called otherwise in another version
+        state = model._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        for group in (group for each in state._state_ctx.all_states for group in each._fsdp_param_groups):
+            group._post_forward_indices.clear()
 
 
 @contextlib.contextmanager

@@ -804,3 +804,18 @@ def test_entropy_of_a_distribution_with_forbidden_tokens():
     logprobs = model.lm(ids).logits[0, 1:, :5].log_softmax(-1)
     expected = [-sum(p * math.log(p) for p in row) for row in logprobs.exp().tolist()]
     assert out["entropy"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reference_keeps_nothing_of_its_forwards():
+    """FSDP notes them for a backward; what a policy has noted goes when that comes, a reference has none."""
+    batch = collate([[5, 6]], [[7, 8]], None, CPU)
+    policy = prepare(LanguageModel(tiny("gpt2")), torch.float32, CPU)
+    reference = prepare(frozen(tiny("gpt2"), torch.float32), torch.float32, CPU)
+    for model, count in ((policy, 12), (reference, 0)):
+        with torch.no_grad():
+            for _ in range(3):
+                model(**batch)
+        state = model._get_fsdp_state()
+        kept = [len(group._post_forward_indices) for each in state._state_ctx.all_states
+                for group in each._fsdp_param_groups]
+        assert len(state._comm_ctx.post_forward_order) == sum(kept) == count

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -358,3 +359,15 @@ def test_a_kl_that_runs_away_stops_the_run(model_path, tmp_path):
         train("ppo", model_path("gpt2"), tmp_path / "run", learning_rate=0.1, save_every=0, max_kl=1.0)
     (path,) = checkpoints(f"{tmp_path}/run/checkpoints")
     assert path.endswith(f"step-{step}") and lines(tmp_path / "run")[-1]["step"] == step
+
+
+# --- long runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_run_neither_grows_nor_leaves_files_open_nor_loses_lines():
+    done = run_script("benchmarks/soak.py", "--updates", "2000" if LONG else "60", timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.splitlines()[-1]
+    print(said)
+    grows, first, last = map(int, re.search(r": (-?\d+) ± .* open files (\d+) and (\d+); log complete", said).groups())
+    assert first == last and grows < (1000 if LONG else 10**5)  # a short run still grows into its memory
