@@ -41,7 +41,8 @@ def load_function(spec: str, flag: str) -> Callable:
             sys.path.append(os.getcwd())
             module = importlib.import_module(path)
     except (Exception, SystemExit) as error:
-        missing = not path or isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}.")
+        missing = isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}.")
+        missing = missing or not path or path.startswith(".")
         if missing and not path.endswith(".py"):
             raise UserError(f"{flag} {spec}: {error}; {hint}") from None
         raise FunctionError(f"{flag} {spec}: its module fails: {_reason(error)}") from _own_frames(error)

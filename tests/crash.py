@@ -114,6 +114,7 @@ def contents(folder: str) -> dict[str, object]:
         elif name.endswith("state.json"):
             state = json.loads(path.read_text())
             state["args"] |= {"output_dir": None, "resume": None}
+            del state["date"]
             found[name] = state
         elif name.endswith(".safetensors"):
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}

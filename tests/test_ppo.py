@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -379,8 +378,8 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(model_path, tmp
         train(resume=str(tmp_path / "nowhere" / "checkpoints" / "step-1"))
     for file in (run / "checkpoints" / "step-2").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="step-2: not a whole checkpoint"):
-        train(resume="auto")
+    with pytest.raises(UserError, match="step-2: shard-.* is not as it was written; choose another checkpoint"):
+        train(resume=str(run / "checkpoints" / "step-2"))
 
 
 def test_a_mistake_does_not_block_the_next_try(model_path, tmp_path):
@@ -467,26 +466,6 @@ def test_a_script_runs_when_copied_elsewhere_with_common(started, tmp_path):
     done = run_script("ppo.py", *ON_WALKS, "--model", str(started[0] / "start"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "ppo-start-1" / "model" / "config.json").exists()
-
-
-def test_killed_and_resumed(started, tmp_path):
-    """SIGKILL in the middle of a run with checkpoints; --resume auto ends with the numbers of the uninterrupted run."""
-    flags = ["--model", str(started[0] / "start"), *ON_WALKS, "--max-steps", "5", "--save-every", "1",
-             "--rollout-batch-size", "32", "--batch-size", "32", "--ppo-epochs", "1"]
-    whole = run_script("ppo.py", *flags, "--output-dir", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([sys.executable, "ppo.py", *flags, "--output-dir", str(tmp_path / "killed")], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    for _ in range(1200):
-        time.sleep(0.05)
-        if list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = run_script("ppo.py", *flags, "--output-dir", str(tmp_path / "killed"), "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    killed, uninterrupted = (list(map(numbers, rows_of(tmp_path / name))) for name in ("killed", "whole"))
-    assert killed == uninterrupted
 
 
 def test_a_failing_rank_takes_the_other_down_with_its_message(started, tmp_path):

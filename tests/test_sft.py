@@ -10,7 +10,6 @@ import math
 import os
 import random
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -1433,37 +1432,6 @@ def test_two_processes_give_the_numbers_of_one(walked, tmp_path):
                 assert other[name] == pytest.approx(row[name], rel=1e-3 if row is one[2] else 1e-5), name
     assert "packing: rows share lines of 32 tokens" in done.stdout and done.stdout.count("after training") == 1
     plain(tmp_path / "two" / "model")
-
-
-KILLER = """
-import os, signal
-calls = []
-
-def metric(outputs):
-    calls.append(None)
-    if "KILL" in os.environ and len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return {"letters": [len(output) for output in outputs]}
-"""
-
-
-def test_killed_and_resumed(model_path, tmp_path):
-    """SIGKILL in the evaluation of step 2, after the checkpoint of step 1; --resume auto ends as the uninterrupted run
-    does."""
-    (tmp_path / "killer.py").write_text(KILLER)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    flags = ["--model", model_path("gpt2"), "--dataset", str(tmp_path / "rows.jsonl"), "--save-every", "1",
-             "--eval-every", "1", "--batch-size", "5", "--epochs", "2", "--learning-rate", "1e-2", "--held-out", "0.2",
-             "--max-new-tokens", "4", "--packing", "rows", "--metric", f"{tmp_path}/killer.py:metric"]
-    sft.train(parse(sft.Args, sft.preset, [*flags, "--output-dir", str(tmp_path / "whole")]))
-    flags += ["--output-dir", str(tmp_path / "killed")]
-    done = run_script("sft.py", *flags, KILL="1")
-    assert done.returncode == -signal.SIGKILL
-    assert os.listdir(tmp_path / "killed" / "checkpoints") != [] and len(rows_of(tmp_path / "killed")) == 2
-    done = run_script("sft.py", *flags, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    assert len(rows_of(tmp_path / "whole")) == 5
-    same_runs(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():

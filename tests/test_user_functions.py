@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import char_tokenizer, run_script
 
-import common.data
+import common.functions
 import dpo
 import ilql
 import ppo
@@ -80,7 +80,7 @@ def test_an_exception_on_several_samples_or_on_a_batch_alone_says_so(monkeypatch
     with pytest.raises(FunctionError, match="failed on sample 0 of 1, prompt 'a', output 'bcd': Zero"):
         asked(fails_at(0), items=ITEMS[:1], rows=ROWS[:1])
     calls = []
-    monkeypatch.setattr(common.data, "SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(common.functions, "SEARCH_SECONDS", 0.0)
     with pytest.raises(FunctionError, match="failed on a batch of 4 samples: KeyError: 'x'"):
         asked(lambda number: calls.append(number) or {}["x"])
     assert calls == [[0, 1, 2, 3]], "a function that took long is not called again"
@@ -316,20 +316,20 @@ def test_a_function_that_hangs_meets_its_time_limit(function, tmp_path):
 
 
 def test_c_code_that_holds_the_interpreter_meets_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.data, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(common.functions, "GRACE_SECONDS", 0.3)
     code, text, seconds = ended(tmp_path, lambda number: re.match("(a+)+$", "a" * 60 + "b"), 0.3)
     assert code == 1 and seconds < 4 and "Timeout" in text and "test_user_functions.py" in text
 
 
 def test_a_search_that_hangs_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.data, "SEARCH_SECONDS", 0.1)
+    monkeypatch.setattr(common.functions, "SEARCH_SECONDS", 0.1)
     code, text, seconds = ended(tmp_path, lambda number: inverse(0.0) if len(number) > 1 else time.sleep(60), None)
     assert code == 2 and seconds < 3 and "Stack" not in text
     assert text.splitlines()[-1].endswith("failed on a batch of 4 samples: ZeroDivisionError: float division by zero")
 
 
 def test_a_time_limit_that_is_kept_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.data, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(common.functions, "GRACE_SECONDS", 0.1)
 
     def quick(number):
         time.sleep(0.1)
