@@ -124,6 +124,9 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+PATIENCE = 30.0  # seconds for Weights and Biases at the end of a run
+
+
 class _Wandb:
     """Weights and Biases in a thread of its own, so that a run neither stops nor waits when it cannot be reached."""
 
@@ -145,10 +148,10 @@ class _Wandb:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             tqdm.write(f"wandb: {reason[:200]}; the run goes on without it", file=sys.stderr)
 
-    def close(self, patience: float = 30.0) -> None:
-        """Send what is left, but not for longer than `patience` seconds."""
+    def close(self) -> None:
+        """Send what is left, but not for longer than PATIENCE."""
         self.work.put(None)
-        self.thread.join(patience)
+        self.thread.join(PATIENCE)
 
 
 class RunLog:

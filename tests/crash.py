@@ -113,7 +113,7 @@ def contents(folder: str) -> dict[str, object]:
             found[name] = [{key: value for key, value in row.items() if key not in clock} for row in rows]
         elif name.endswith("state.json"):
             state = json.loads(path.read_text())
-            state["args"] |= {"output_dir": None, "resume": None}
+            state["args"] |= {"output_dir": None, "resume": None, "track": None}
             del state["date"]
             found[name] = state
         elif name.endswith(".safetensors"):

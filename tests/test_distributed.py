@@ -21,17 +21,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return launch(folder, 0, "gradients", "sampling", "apart", "rows", "scores", "checkpoint")
+    return launch(folder, 0, "gradients", "sampling", "apart", "rows", "scores", "few", "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def two(folder, one):
-    return launch(folder, 2, "gradients", "hybrid", "sampling", "apart", "gathers", "rows", "scores", "checkpoint")
+    return launch(folder, 2, "gradients", "hybrid", "sampling", "apart", "gathers", "rows", "scores", "few",
+                  "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def three(folder):
-    return launch(folder, 3, "gradients", "rows")
+    return launch(folder, 3, "gradients", "rows", "few")
 
 
 def assert_close(a, b, tolerance):
@@ -55,6 +56,11 @@ def test_gradients_do_not_depend_on_ranks_micro_batches_or_padding(one, two, thr
             assert_close(one["gradients"][f"{architecture}-{micro}"], one["gradients"][f"{architecture}-1"], 2e-4)
     assert_close(two["gradients"], one["gradients"], 2e-4)
     assert_close(three["gradients"], one["gradients"], 2e-4)
+
+
+def test_fewer_rows_than_ranks_have_the_same_numbers(one, two, three):
+    assert_close(two["few"], one["few"], 2e-4)
+    assert_close(three["few"], one["few"], 2e-4)
 
 
 def test_hybrid_sharding_has_the_same_gradients(one, two):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ import dpo
 import ilql
 import ppo
 import sft
+from common import metrics
 from common.checkpoint import checkpoints, damage, lock, tidy, unlock
 from common.cli import UserError
 
@@ -287,6 +289,23 @@ def test_a_log_that_cannot_be_written_is_one_line(model_path, tmp_path):
     os.symlink("/dev/full", tmp_path / "run" / "metrics.jsonl.tmp")
     with pytest.raises(UserError, match="run/metrics.jsonl could not be written: No space left on device; make room"):
         train("sft", model_path("gpt2"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["raises", "hangs"])
+def test_a_run_does_not_need_weights_and_biases(kind, model_path, tmp_path, monkeypatch, capsys):
+    """Where it can be reached, test_ppo.py runs it offline; here it is one that fails, or never answers."""
+    def init(**_):
+        if kind == "hangs":
+            time.sleep(60)
+        raise ConnectionError("nobody there\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    monkeypatch.setattr(metrics, "PATIENCE", 0.5)
+    train("sft", model_path("gpt2"), tmp_path / "plain")
+    begun = time.time()
+    train("sft", model_path("gpt2"), tmp_path / "run", track=True)
+    assert time.time() - begun < 30 and contents(tmp_path / "run") == contents(tmp_path / "plain")
+    assert ("wandb: nobody there; the run goes on without it\n" in capsys.readouterr().err) == (kind == "raises")
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ def policy(architecture: str, shard_size: int | None = None, dtype=torch.float32
     return prepare(model, dtype, torch.device("cpu"), shard_size=shard_size)
 
 
-def gradients(architecture: str, micro_batch_size: int, **options) -> dict[str, float]:
+def gradients(architecture: str, micro_batch_size: int, rows: int = 5, **options) -> dict[str, float]:
     """Norm and a random projection of each parameter's gradient of one PPO minibatch, by the script's own `update`."""
-    model = policy(architecture, **options)
-    draw = lambda: torch.randn(5, 7, generator=torch.Generator().manual_seed(len(data)))  # noqa: E731
-    mask = torch.arange(7) < torch.tensor([len(response) for response in RESPONSES])[:, None]
+    model, prompts, responses = policy(architecture, **options), PROMPTS[:rows], RESPONSES[:rows]
+    draw = lambda: torch.randn(rows, 7, generator=torch.Generator().manual_seed(len(data)))  # noqa: E731
+    mask = torch.arange(7) < torch.tensor([len(response) for response in responses])[:, None]
     data = {"mask": mask}
     for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
         data[name] = draw() * mask - (4 if name == "logprobs" else 0) * mask
@@ -49,9 +49,9 @@ def gradients(architecture: str, micro_batch_size: int, **options) -> dict[str, 
                 captured[name] = [whole.norm().item(),
                                   (whole * torch.randn(whole.shape, generator=generator(7))).sum().item()]
 
-    args = ppo.Args(ppo_epochs=1, batch_size=5, rollout_batch_size=5, micro_batch_size=micro_batch_size,
+    args = ppo.Args(ppo_epochs=1, batch_size=rows, rollout_batch_size=rows, micro_batch_size=micro_batch_size,
                     max_grad_norm=1e9)
-    ppo.update(model, Capture(model.parameters(), 0.1), PROMPTS, RESPONSES, data, LogitRules(),
+    ppo.update(model, Capture(model.parameters(), 0.1), prompts, responses, data, LogitRules(),
                {"step": 0, "updates": 0}, 1, args, str)
     return captured
 
@@ -59,6 +59,17 @@ def gradients(architecture: str, micro_batch_size: int, **options) -> dict[str, 
 def check_gradients(folder):
     return {f"{architecture}-{micro}": gradients(architecture, micro)
             for architecture in ("gpt2", "llama", "t5") for micro in (1, 2, 5)}
+
+
+def check_few(folder):
+    """Fewer rows than ranks, for the gradient, for sampling and scoring, and for the reward function."""
+    model, tokenizer = policy("gpt2"), char_tokenizer()
+    items = sample_texts(model, tokenizer, PROMPTS[:1], noise(generator(3), 1, 6), LogitRules(), batch_size=2)
+    scores = ppo.compute_scores(lambda outputs: [len(output) for output in outputs], items, [{"prompt": "a"}],
+                                tokenizer, ppo.Args())
+    data = ppo.score_tokens(model, lambda batch: model(**batch)["logprobs"], PROMPTS[:1],
+                            [item["tokens"] for item in items], LogitRules(), 2, torch.device("cpu"))
+    return [gradients("gpt2", 2, 1), gradients("gpt2", 2, 2), scores, data["logprobs"].tolist()]
 
 
 def check_hybrid(folder):
