@@ -844,7 +844,8 @@ def train(
 
     if args.replay:
         batch = [Pair(*pair) for pair in torch.load(f"{args.replay}/batch.pt", weights_only=True)["pairs"]]
-        return replay(args.replay, optimizer, list(range(len(batch))), lambda rows: batch_metrics(
+        texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.chosen]) for row in batch))
+        return replay(args.replay, optimizer, texts, lambda rows: batch_metrics(
             model, reference, [batch[row] for row in rows], shared, args)["loss"])
     log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
     shown, outputs = ("accuracy", "optimality", "score", "kl"), []

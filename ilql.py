@@ -803,9 +803,11 @@ def train(
         return f"{folder}/{name}"
 
     if args.replay:
-        batch = torch.load(f"{args.replay}/batch.pt", weights_only=True)["trajectories"]
-        return replay(args.replay, optimizer, list(range(len(batch))), lambda rows: batch_loss_and_gradient(
-            model, [Trajectory(*batch[row]) for row in rows], args)["loss/total"])
+        saved = torch.load(f"{args.replay}/batch.pt", weights_only=True)["trajectories"]
+        batch = [Trajectory(*trajectory) for trajectory in saved]
+        texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.output]) for row in batch))
+        return replay(args.replay, optimizer, texts, lambda rows: batch_loss_and_gradient(
+            model, [batch[row] for row in rows], args)["loss/total"])
     log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
     outputs = []
     if not checkpoint:

@@ -681,13 +681,14 @@ def train(
 
     if args.replay:
         data = torch.load(f"{args.replay}/batch.pt", weights_only=True)
-        batch = [data.pop(name) for name in ("rows", "prompts", "responses")]
+        numbers, *batch = (data.pop(name) for name in ("rows", "prompts", "responses"))
 
         def mean_loss(rows):
-            loss, _, _ = add_gradient(model, rows, *batch[1:], data, rules, args)
+            loss, _, _ = add_gradient(model, rows, *batch, data, rules, args)
             return sum(gather_rows([loss.item()], dist.get_world_size())) / data["mask"][rows].sum().item()
 
-        return replay(args.replay, optimizer, batch[0], mean_loss)
+        texts = {row: tokenizer.decode(batch[0][row] + batch[1][row]) for row in numbers}
+        return replay(args.replay, optimizer, texts, mean_loss)
     log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
 
     def eval_scores(items, rows):

@@ -535,7 +535,8 @@ def train(
 
     if args.replay:
         batch = [Example(*example) for example in torch.load(f"{args.replay}/batch.pt", weights_only=True)["examples"]]
-        return replay(args.replay, optimizer, list(range(len(batch))),
+        texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.output]) for row in batch))
+        return replay(args.replay, optimizer, texts,
                       lambda rows: batch_loss(model, [batch[row] for row in rows], room, args.micro_batch_size))
     log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
     outputs = []

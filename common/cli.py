@@ -143,6 +143,8 @@ def leave(code: int, line: str, above: str = "") -> None:
         # The same mistake usually stops every rank. Rank 0 speaks first, and torchrun then ends the others before
         # they repeat it; a mistake of this rank alone is still shown.
         time.sleep(2)
+        if _Told.signal:
+            os._exit(code)
     script = (f"[rank {rank}] " if rank else "") + os.path.basename(sys.argv[0])
     if line:  # sys.stderr may be the user's, or be caught
         print(f"{above}{script}: {line}", file=sys.__stderr__, flush=True)

@@ -232,11 +232,12 @@ class RunLog:
 
 
 def replay(
-    path: str, optimizer: torch.optim.Optimizer, rows: list[int], gradient: Callable[[list[int]], float]
+    path: str, optimizer: torch.optim.Optimizer, texts: dict[int, str], gradient: Callable[[list[int]], float]
 ) -> None:
     """Run the saved batch of `--replay`: each row alone, then all. Raises UserError if that is not finite, again.
 
-    gradient(rows) adds the gradient of these rows' mean loss, and returns the loss.
+    texts: of the rows, by their numbers. gradient(rows) adds the gradient of these rows' mean loss, and returns the
+    loss.
     """
     def measured(some):
         loss = gradient(some)
@@ -244,11 +245,11 @@ def replay(
         optimizer.zero_grad()
         return {"loss": loss, "gradient norm": norm}
 
-    found = [{"row": str(row), **measured([row])} for row in rows]
+    found = [{"row": str(row), **measured([row]), "text": text} for row, text in texts.items()]
     broken = [row for row in found if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient norm"]))]
-    whole = measured(rows)
-    say(table(f"{len(broken)} of {len(rows)} rows of {path}/batch.pt are not finite alone",
-              (broken or found)[:50] + [{"row": "all", **whole}]))
+    whole = measured(list(texts))
+    say(table(f"{len(broken)} of {len(texts)} rows of {path}/batch.pt are not finite alone",
+              (broken or found)[:50] + [{"row": "all", **whole, "text": ""}]))
     if not all(map(math.isfinite, whole.values())):
         what = " and ".join(f"the {name} is {value:.4g}" for name, value in whole.items())
         raise UserError(f"--replay {path}: again {what}")

@@ -1,6 +1,7 @@
 """ppo.py as its users run it: from Python on tiny models, and as a command on one and two processes."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 import ppo
 from common.cli import UserError
-from common.models import load_lm
+from common.models import LanguageModel, LogitRules, collate, load_lm, make_head, prepare
 
 TINY = dict(total_episodes=16, rollout_batch_size=8, batch_size=4, micro_batch_size=4, max_length=32, max_new_tokens=6,
             eval_every=100, num_eval_prompts=4, learning_rate=1e-3)
@@ -305,6 +306,22 @@ def test_non_finite_gradient_stops_with_the_batch_saved(model_path, tmp_path, mo
         ppo.train(args, reward_fn=letters, prompts=PROMPTS)
     saved = torch.load(tmp_path / "run" / "nonfinite-step-0" / "batch.pt", weights_only=True)
     assert len(saved["rows"]) == 4 and len(saved["responses"]) == 8
+
+
+def test_the_largest_ratio_is_that_of_all_tokens_in_either_direction():
+    """Against a plain forward of each row alone, in micro-batches of two."""
+    model = LanguageModel(tiny_lm("gpt2"))
+    model.heads["value"] = make_head(model.width, 1)
+    prepare(model, torch.float32, torch.device("cpu"))
+    prompts, responses = [[5, 6], [7], [8, 9, 10]], [[11, 12], [13], [14, 15, 16]]
+    mask = torch.arange(3) < torch.tensor([len(response) for response in responses])[:, None]
+    data = {"mask": mask, **{name: torch.zeros(3, 3) for name in ("values", "advantages", "returns")}}
+    gaps = torch.tensor([[0.1, 0.2, 0.0], [-0.9, 0.0, 0.0], [0.3, 0.0, 0.4]])
+    with torch.no_grad():
+        alone = [model(**collate([p], [r], None, model.device))["logprobs"] for p, r in zip(prompts, responses)]
+    data["logprobs"] = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True) + gaps
+    *_, largest = ppo.add_gradient(model, [0, 1, 2], prompts, responses, data, LogitRules(), ppo.Args(micro_batch_size=2))
+    assert largest.item() == pytest.approx(math.exp(0.9), rel=1e-5)
 
 
 def test_an_architecture_that_goes_wrong_is_refused_before_the_first_update(model_path, tmp_path, monkeypatch):
