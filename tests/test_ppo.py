@@ -320,7 +320,8 @@ def test_the_largest_ratio_is_that_of_all_tokens_in_either_direction():
     with torch.no_grad():
         alone = [model(**collate([p], [r], None, model.device))["logprobs"] for p, r in zip(prompts, responses)]
     data["logprobs"] = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True) + gaps
-    *_, largest = ppo.add_gradient(model, [0, 1, 2], prompts, responses, data, LogitRules(), ppo.Args(micro_batch_size=2))
+    args = ppo.Args(micro_batch_size=2)
+    *_, largest = ppo.add_gradient(model, [0, 1, 2], prompts, responses, data, LogitRules(), args)
     assert largest.item() == pytest.approx(math.exp(0.9), rel=1e-5)
 
 
