@@ -237,6 +237,16 @@ def test_what_a_kill_leaves_between_two_renames_is_put_right(tmp_path):
     assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {"a": "a.old", "b": "b"}
 
 
+def test_a_run_that_was_killed_between_two_renames_finds_its_best_model_again(finished, model_path, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    os.rename(folder / "checkpoints" / "best", folder / "checkpoints" / "best.old")
+    (folder / "checkpoints" / "best.tmp").mkdir()
+    (folder / "model.tmp").mkdir()
+    train("sft", model_path("gpt2"), folder, keep_checkpoints=3, resume="auto")
+    assert contents(folder) == contents(finished) and not list(folder.rglob("*.tmp")) + list(folder.rglob("*.old"))
+
+
 def test_the_newest_checkpoints_and_the_best_model_are_kept(finished):
     found = {int(path.rsplit("-", 1)[1]) for path in checkpoints(f"{finished}/checkpoints")}
     steps = max(row["step"] for row in lines(finished))
