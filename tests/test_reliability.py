@@ -28,7 +28,7 @@ import ppo
 import sft
 from common import metrics
 from common.checkpoint import checkpoints, damage, lock, tidy, unlock
-from common.cli import UserError
+from common.cli import Terminated, UserError
 
 LONG = bool(os.environ.get("PLAINRL_LONG"))
 SCRIPTS = ("ppo", "sft", "dpo", "ilql")
@@ -140,6 +140,21 @@ def test_a_run_that_is_told_to_end_writes_a_checkpoint_and_leaves_with_143(model
     assert last == f"ppo.py: told to end at step {path.rsplit('-', 1)[1]}; --resume auto goes on from there"
 
 
+@pytest.mark.parametrize("script,call", [*((script, 3) for script in SCRIPTS), ("ppo", 4)])
+def test_each_script_goes_on_where_it_was_told_to_end(script, call, model_path, tmp_path, monkeypatch):
+    """At the beginning of a step; of PPO also in the middle, where the rollout is given up."""
+    train(script, model_path("gpt2"), tmp_path / "straight")
+    module, asked = LOSSES[script][0], []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "stop_asked", lambda: asked.append(1) or len(asked) == call)
+        step = 1 if script == "ppo" else 2
+        with pytest.raises(Terminated, match=f"^told to end at step {step}; --resume auto goes on from there$"):
+            train(script, model_path("gpt2"), tmp_path / "run", save_every=0)
+    assert [os.path.basename(path) for path in checkpoints(f"{tmp_path}/run/checkpoints")] == [f"step-{step}"]
+    train(script, model_path("gpt2"), tmp_path / "run", resume="auto")
+    assert contents(tmp_path / "run") == contents(tmp_path / "straight")
+
+
 def test_processes_that_are_told_to_end_write_one_checkpoint_and_leave(model_path, tmp_path):
     with running(tmp_path, model_path("gpt2"), 2) as process:
         process.send_signal(signal.SIGTERM)
@@ -176,6 +191,14 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     unlock(str(tmp_path))
     assert other() == "None" and lock(str(tmp_path)) is None
     unlock(str(tmp_path))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_is_not_resumed_on_other_data(script, model_path, tmp_path, monkeypatch):
+    train(script, model_path("gpt2"), tmp_path / "run", max_steps=1)
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", [*WORDS[:-1], "thirteen"])
+    with pytest.raises(UserError, match="step-1: the data has changed since; start again in another --output-dir$"):
+        train(script, model_path("gpt2"), tmp_path / "run", resume="auto")
 
 
 # --- checkpoints that are not what was written ------------------------------------------------------------------------
