@@ -97,6 +97,7 @@ def run_case(case: dict, rank: int, port: int, log: str, pipe) -> None:
 
     import ppo
     import sft
+    from common.distributed import broadcast, init
     from common.metrics import RunLog
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -128,7 +129,8 @@ def run_case(case: dict, rank: int, port: int, log: str, pipe) -> None:
             counter.counts.clear()
 
     script.RunLog = Log
-    folder, draw = tempfile.mkdtemp(), random.Random(1)
+    init(1)
+    folder, draw = broadcast(tempfile.mkdtemp()), random.Random(1)
     path = case["model"]
     words = lambda length: " ".join(f"w{draw.randrange(1, VOCABULARY)}" for _ in range(length))  # noqa: E731
     shared = dict(model=path, micro_batch_size=MICRO, max_new_tokens=case["output"], output_dir=folder)
