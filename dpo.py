@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from common.checkpoint import load_checkpoint, read_state, save_checkpoint
+from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
 from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     chat_ends,
@@ -738,7 +738,7 @@ def train(
     """
     started, args = time.time(), args or (arguments() if pairs is None else Args())
     if args.replay:
-        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
+        args = Args(**{**read_state(args.replay, "--replay")["args"], "replay": args.replay})
     check(args, pairs)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -843,7 +843,7 @@ def train(
         return f"{folder}/{name}"
 
     if args.replay:
-        batch = [Pair(*pair) for pair in torch.load(f"{args.replay}/batch.pt", weights_only=True)["pairs"]]
+        batch = [Pair(*pair) for pair in read_batch(args.replay)["pairs"]]
         texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.chosen]) for row in batch))
         return replay(args.replay, optimizer, texts, lambda rows: batch_metrics(
             model, reference, [batch[row] for row in rows], shared, args)["loss"])

@@ -53,7 +53,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.checkpoint import load_checkpoint, read_state, save_checkpoint
+from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
 from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     chat_ends,
@@ -702,7 +702,7 @@ def train(
     """
     started, args = time.time(), args or (arguments() if samples is None else Args())
     if args.replay:
-        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
+        args = Args(**{**read_state(args.replay, "--replay")["args"], "replay": args.replay})
     check(args, samples)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -803,7 +803,7 @@ def train(
         return f"{folder}/{name}"
 
     if args.replay:
-        saved = torch.load(f"{args.replay}/batch.pt", weights_only=True)["trajectories"]
+        saved = read_batch(args.replay)["trajectories"]
         batch = [Trajectory(*trajectory) for trajectory in saved]
         texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.output]) for row in batch))
         return replay(args.replay, optimizer, texts, lambda rows: batch_loss_and_gradient(

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from common.checkpoint import load_checkpoint, read_state, save_checkpoint
+from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
 from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import check_data, encode_prompts, evenly, load_prompts, pin_date, prompt_room, shuffled
 from common.distributed import adamw, broadcast, gather_rows, generator, init, meet, optimizer_step, rank_rows
@@ -618,7 +618,7 @@ def train(
     """
     started, args = time.time(), args or arguments()
     if args.replay:
-        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
+        args = Args(**{**read_state(args.replay, "--replay")["args"], "replay": args.replay})
     check(args, reward_fn)
     device = init(args.seed)
     name = os.path.basename((args.model or "randomwalks").rstrip("/"))
@@ -680,7 +680,7 @@ def train(
         return f"{folder}/{name}"
 
     if args.replay:
-        data = torch.load(f"{args.replay}/batch.pt", weights_only=True)
+        data = read_batch(args.replay)
         numbers, *batch = (data.pop(name) for name in ("rows", "prompts", "responses"))
 
         def mean_loss(rows):

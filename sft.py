@@ -39,7 +39,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from common.checkpoint import load_checkpoint, put_in_place, read_state, save_checkpoint
+from common.checkpoint import load_checkpoint, put_in_place, read_batch, read_state, save_checkpoint
 from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
 from common.data import (
     chat_ends,
@@ -423,7 +423,7 @@ def train(
     """
     started, args = time.time(), args or (arguments() if samples is None else Args())
     if args.replay:
-        args = Args(**{**read_state(args.replay)["args"], "replay": args.replay})
+        args = Args(**{**read_state(args.replay, "--replay")["args"], "replay": args.replay})
     check(args, samples)
     device = init(args.seed)
     name = os.path.basename((args.model or args.from_config or "randomwalks").rstrip("/")).removesuffix(".json")
@@ -534,7 +534,7 @@ def train(
         return f"{folder}/{name}"
 
     if args.replay:
-        batch = [Example(*example) for example in torch.load(f"{args.replay}/batch.pt", weights_only=True)["examples"]]
+        batch = [Example(*example) for example in read_batch(args.replay)["examples"]]
         texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.output]) for row in batch))
         return replay(args.replay, optimizer, texts,
                       lambda rows: batch_loss(model, [batch[row] for row in rows], room, args.micro_batch_size))

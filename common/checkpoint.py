@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -205,13 +206,22 @@ def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
     return state
 
 
-def read_state(path: str) -> dict:
-    """The loop's state of a checkpoint, without its weights. Raises UserError when there is none."""
+def read_batch(path: str) -> dict:
+    """The batch that `save_checkpoint` wrote with a state, for `--replay`. Raises UserError when there is none."""
+    try:
+        return torch.load(f"{path}/batch.pt", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"--replay {path}: its batch.pt cannot be read ({type(error).__name__}); give the "
+                        "nonfinite-step-N of a run that stopped there") from None
+
+
+def read_state(path: str, flag: str = "--resume") -> dict:
+    """The loop's state of a checkpoint, without its weights. Raises UserError, with the flag, when there is none."""
     try:
         with open(f"{path}/state.json") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume {path}: no checkpoint there ({type(error).__name__})") from None
+        raise UserError(f"{flag} {path}: no checkpoint there ({type(error).__name__})") from None
 
 
 def checkpoints(folder: str) -> list[str]:

@@ -42,9 +42,8 @@ class FixedBatch:
         self.lengths, self.previous, self.index, self.numbers = torch.zeros(4, count, dtype=torch.long, device=device)
         self.chosen = torch.zeros(count, device=device)
         room = -(-longest // 8) * 8  # attention wants rows of its mask aligned
-        shaped = [(layer.keys, layer.values) for layer in layers]
-        self.storage = [[part.new_zeros(count, part.shape[1], room, part.shape[3]) for part in parts]
-                        for parts in shaped]
+        self.storage = [[part.new_zeros(count, part.shape[1], room, part.shape[3])
+                         for part in (layer.keys, layer.values)] for layer in layers]
         self.cache, self.graphs = DynamicCache(), {}
         self.cache.layers = [_FixedLayer() for _ in layers]
 

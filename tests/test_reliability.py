@@ -402,6 +402,16 @@ def test_a_replay_says_which_rows_do_it(model_path, tmp_path, capsys):
     assert table[3].split()[0] == str(bad) and "six" in table[3] and table[4].split()[0] == "all"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_cannot_be_replayed_is_one_line(script, finished, model_path, tmp_path):
+    with pytest.raises(UserError, match=f"^--replay {tmp_path}/none: no checkpoint there"):
+        train(script, model_path("gpt2"), tmp_path / "run", replay=f"{tmp_path}/none")
+    if script == "sft":
+        step = checkpoints(f"{finished}/checkpoints")[-1]
+        with pytest.raises(UserError, match=f"^--replay {step}: its batch.pt cannot be read .*; give the nonfinite-"):
+            train(script, model_path("gpt2"), tmp_path / "run", replay=step)
+
+
 def test_a_kl_that_runs_away_stops_the_run(model_path, tmp_path):
     train("ppo", model_path("gpt2"), tmp_path / "free", learning_rate=0.1, save_every=0)
     kl = [row["rollout/kl"] for row in lines(tmp_path / "free")[1:]]
