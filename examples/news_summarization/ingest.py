@@ -81,7 +81,10 @@ def moment(value: object) -> datetime | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return datetime.fromtimestamp(value, UTC)
         # a day of its own where the text names none, so that "Tuesday" is not taken for this week's
-        found = [dates.parse(str(value), default=datetime(year, month, day)) for year, month, day in ((2000, 1, 1), (2001, 2, 2))]
+        found = [
+            dates.parse(str(value), default=datetime(year, month, day))
+            for year, month, day in ((2000, 1, 1), (2001, 2, 2))
+        ]
     except (ValueError, OverflowError, TypeError, OSError):
         raise Rejected(f"published {str(value)[:40]!r} is no date; write it as 2026-03-12T06:30:00Z") from None
     if found[0].date() != found[1].date():
@@ -192,8 +195,8 @@ def rows(path: Path) -> Iterator[tuple[str, object]]:
 def add(database: Database, embedder: Embedder, batch: list[Article]) -> Counter:
     """Put articles into the collection, in one transaction; an article that is there changes nothing.
 
-    One with a known URL and another text takes the old one's place. One with a known title and text under another URL is
-    the same article.
+    One with a known URL and another text takes the old one's place. One with a known title and text under another URL
+    is the same article.
 
     Returns:
         how many are "new", "changed" or "known", and the "passages" written.
@@ -224,9 +227,12 @@ def add(database: Database, embedder: Embedder, batch: list[Article]) -> Counter
                 continue
             gone = connection.execute("DELETE FROM articles WHERE url = %s RETURNING id", [entry.url]).fetchone()
             counts["changed" if gone else "new"] += 1
-            insert = "INSERT INTO articles (url, hash, title, text, source, published) VALUES (%s, %s, %s, %s, %s, %s) RETURNING id"
-            values = [entry.url, entry.hash, entry.title, entry.text, entry.source, entry.published]
-            ids.append(connection.execute(insert, values).fetchone()["id"])
+            written = connection.execute(
+                "INSERT INTO articles (url, hash, title, text, source, published) VALUES (%s, %s, %s, %s, %s, %s) "
+                "RETURNING id",
+                [entry.url, entry.hash, entry.title, entry.text, entry.source, entry.published],
+            )
+            ids.append(written.fetchone()["id"])
         values = [
             (ids[at], start, stop, fresh[at].published, fresh[at].title, fresh[at].text[start:stop], vector)
             for (at, start, stop), vector in zip(pieces, vectors)
@@ -237,9 +243,9 @@ def add(database: Database, embedder: Embedder, batch: list[Article]) -> Counter
             connection.execute(
                 "INSERT INTO chunks (article, start, stop, published, words, embedding) "
                 "SELECT article, start, stop, published, "
-                "setweight(to_tsvector('english', title), 'A') || setweight(to_tsvector('english', body), 'B'), embedding "
-                "FROM unnest(%s::bigint[], %s::int[], %s::int[], %s::timestamptz[], %s::text[], %s::text[], %s::vector[]) "
-                "AS new (article, start, stop, published, title, body, embedding)",
+                "setweight(to_tsvector('english', title), 'A') || setweight(to_tsvector('english', body), 'B'), "
+                "embedding FROM unnest(%s::bigint[], %s::int[], %s::int[], %s::timestamptz[], %s::text[], %s::text[], "
+                "%s::vector[]) AS new (article, start, stop, published, title, body, embedding)",
                 [list(column) for column in zip(*values)],
             )
         return counts
@@ -270,12 +276,14 @@ def prepare(database: Database, embedder: Embedder) -> None:
     if here and (here["embedding model"], here["dimension"]) != (embedder.name, str(embedder.dimension)):
         raise UserError(
             f"the collection was embedded by {here['embedding model']} ({here['dimension']} numbers a passage), not by "
-            f"{embedder.name} ({embedder.dimension}): give --embedding-model {here['embedding model']}, or ingest into another "
-            f"database (--data)"
+            f"{embedder.name} ({embedder.dimension}): give --embedding-model {here['embedding model']}, or ingest into "
+            f"another database (--data)"
         )
 
 
-def ingest(database: Database, embedder: Embedder, paths: list[str], columns: dict[str, str], batch_size: int = 64) -> Counter:
+def ingest(
+    database: Database, embedder: Embedder, paths: list[str], columns: dict[str, str], batch_size: int = 64
+) -> Counter:
     """Read files and add their articles, with a progress bar; rows that cannot be used are named and left out.
 
     Killed at any moment, it can be started again: each batch is there as a whole or not at all.
