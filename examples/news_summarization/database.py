@@ -1,14 +1,17 @@
 """PostgreSQL with pgvector: a server of yours (DATABASE_URL) or an embedded one, connections that outlive its restarts,
 and migrations of the schema."""
 
+import contextlib
 import hashlib
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import psycopg
 from pgvector.psycopg import register_vector
 from psycopg.rows import dict_row
@@ -31,7 +34,7 @@ class Database:
             size: the most connections.
             patience: seconds for which `run` tries again when the server is gone.
         """
-        self.patience, self._server = patience, None
+        self.patience, self._server, self._reviving = patience, None, threading.Lock()
         if not url:
             url = self._embedded(Path(folder))
         # what a connection string may hold is not shown: it may be a password
@@ -94,16 +97,19 @@ class Database:
                 time.sleep(0.1)
 
     def _revive(self) -> None:
+        """Start the embedded server again, if it is not running."""
         if self._server is None:
             return
-        info = self._server.get_postmaster_info()
-        if info.is_running() and info.process.status() == "zombie":  # in a container whose first process reaps nobody,
-            (self._server.pgdata / "postmaster.pid").unlink(missing_ok=True)  # PostgreSQL takes the dead for living
-        try:
-            with self._server._lock:
+        with self._reviving, self._server._lock:  # of threads, and of processes
+            file = self._server.pgdata / "postmaster.pid"
+            with contextlib.suppress(OSError, ValueError, IndexError, psutil.Error):
+                # in a container whose first process reaps nobody, PostgreSQL takes the dead for living
+                if psutil.Process(int(file.read_text().split()[0])).status() == psutil.STATUS_ZOMBIE:
+                    file.unlink()
+            try:
                 self._server.ensure_postgres_running()
-        except Exception as error:  # it is still stopping, or another process starts it: the next try will tell
-            logging.getLogger(__name__).debug("not started: %s", error)
+            except Exception as error:  # it is still stopping, or its disk is full: the next try will tell
+                logging.getLogger(__name__).debug("not started: %s", error)
 
     def close(self) -> None:
         """Close the connections; the embedded server stops with the last process that uses it, at its exit."""

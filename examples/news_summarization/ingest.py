@@ -151,11 +151,14 @@ def feed_rows(data: bytes, name: str) -> Iterator[tuple[str, dict]]:
     feed = feedparser.parse(BytesIO(data))  # bytes in a file object: a string might be taken for an address
     if not feed.version:
         raise UserError(f"{name}: neither RSS nor Atom: {feed.get('bozo_exception') or 'no feed in it'}")
+    own = [one.get("href", "") for one in feed.feed.get("links", []) if one.get("rel") == "self"]
+    base = next(filter(link, [*own, feed.feed.get("link")]), "")  # for links that say only where on the site they lead
     for number, entry in enumerate(feed.entries, 1):
         body = entry.content[0].value if entry.get("content") else entry.get("summary", "")
         date = entry.get("published") or entry.get("updated")
         title = html.unescape(text_of(entry.get("title", "")))
-        row = {"title": title, "text": text_of(body), "url": entry.get("link"), "published": date}
+        url = urllib.parse.urljoin(base, entry.get("link", ""))
+        row = {"title": title, "text": text_of(body), "url": url, "published": date}
         yield f"{name}, entry {number}", {**row, "source": feed.feed.get("title", "")}
 
 

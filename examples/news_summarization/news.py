@@ -192,6 +192,73 @@ class Export(Common):
 
 
 @dataclass
+class Train(Common):
+    """Train a model on the readers' choices by sft.py and dpo.py, evaluate, register, and serve it unless it is worse.
+
+    The same command goes on where an interrupted one stopped.
+    """
+
+    model: str | None = None
+    """path or hub id of the causal or encoder-decoder model to start from, for example google/flan-t5-base; none: the
+    registered one that is served"""
+    from_config: str | None = None
+    """start from scratch: a model's config.json, with --tokenizer or --train-tokenizer"""
+    tokenizer: str | None = None
+    """path or hub id of a tokenizer, with --from-config"""
+    train_tokenizer: int | None = None
+    """size of a tokenizer that is trained on the summaries, with --from-config"""
+    summaries: str | None = None
+    """file of articles and summaries (article or text, summary, title) for sft.py, before dpo.py"""
+    held_summaries: str | None = None
+    """the same, for evaluation; none: a share of --summaries"""
+    pairs: str | None = None
+    """file of preference pairs instead of the readers' choices"""
+    held_pairs: str | None = None
+    """the same, for evaluation; none: a share of the pairs, by question"""
+    needed: int = 50
+    """fewest pairs to train on"""
+    max_length: int = 640
+    """tokens of prompt and summary together"""
+    max_new_tokens: int = 128
+    """tokens of a summary"""
+    processes: int = 1
+    """of torchrun, for each script"""
+    sft_flags: str = ""
+    """further flags of sft.py, as one would type them: "--learning-rate 1e-4 --epochs 2\""""
+    dpo_flags: str = ""
+    """further flags of dpo.py"""
+
+    def run(self) -> None:
+        """Train, and print the report."""
+        import learn
+
+        with self.open() as database:
+            found = learn.train(
+                database,
+                Path(self.data) / "models",
+                base=self.model,
+                from_config=self.from_config,
+                tokenizer=self.tokenizer,
+                train_tokenizer=self.train_tokenizer,
+                summaries=self.summaries,
+                held_summaries=self.held_summaries,
+                pairs_file=self.pairs,
+                held_pairs=self.held_pairs,
+                needed=self.needed,
+                max_length=self.max_length,
+                max_new_tokens=self.max_new_tokens,
+                processes=self.processes,
+                sft_flags=self.sft_flags,
+                dpo_flags=self.dpo_flags,
+            )
+        print(f"version {found['version']}: {learn.summary(found['report'])}")
+        if found["served"]:
+            print("it is served from now on; `news.py rollback` takes it back")
+        else:
+            print(f"it is worse, and not served; `news.py use {found['version']}` would serve it anyway")
+
+
+@dataclass
 class Models(Common):
     """List the registered models; the one that is served has a star."""
 
@@ -240,8 +307,16 @@ class Rollback(Common):
         print(f"serving {name}")
 
 
-COMMANDS = {"serve": Serve, "ingest": Ingest, "ask": Ask, "export": Export, "models": Models, "use": Use}
-COMMANDS["rollback"] = Rollback
+COMMANDS = {
+    "serve": Serve,
+    "ingest": Ingest,
+    "ask": Ask,
+    "export": Export,
+    "train": Train,
+    "models": Models,
+    "use": Use,
+    "rollback": Rollback,
+}
 
 
 def main() -> None:

@@ -277,7 +277,13 @@ def make_app(
     waiting = 0
 
     async def off_loop(pool: ThreadPoolExecutor, work: Callable, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *arguments))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *arguments))
+        except (HTTPException, *LOST):
+            raise
+        except Exception:  # left to Starlette, it would also end the connection
+            logging.getLogger("uvicorn.error").exception("a request failed")
+            raise HTTPException(500, "the server failed; its log says why") from None
 
     @asynccontextmanager
     async def lifespan(app):
@@ -305,10 +311,6 @@ def make_app(
 
     for lost in LOST:
         app.add_exception_handler(lost, away)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception):
-        return JSONResponse({"error": "the server failed; its log says why"}, 500, headers=HEADERS)
 
     @app.post("/api/ask")
     async def ask(body: Ask):

@@ -53,8 +53,8 @@ class Extractive:
         return prompt_of(query, [(p.title, p.text) for p in passages], ROOM, self.embedder.lengths)
 
     def write(self, query: str, passages: Sequence[Passage]) -> list[Summary]:
-        """Two summaries, or one where they are the same: the sentences nearest to the question, and one sentence from
-        each article in the order of their dates."""
+        """Two summaries, of which the readers choose: the sentences nearest to the question, and one sentence from each
+        article in the order of their dates; where these are the same, the nearest alone. Or one, of one sentence."""
         pieces = []
         for number, passage in enumerate(passages, 1):
             for span in sentences(passage.text):
@@ -68,10 +68,12 @@ class Extractive:
         near, alike = vectors[1:] @ vectors[0], vectors[1:] @ vectors[1:].T
         first = self._pick(pieces, near, alike)
         second = self._spread(pieces, near, alike, passages)
+        if sorted(first) == sorted(second):
+            second = [max(first, key=lambda at: near[at])]
         found = [
             Summary([Cited(pieces[at][1], [pieces[at][0]]) for at in chosen], self.name) for chosen in (first, second)
         ]
-        return found if second and sorted(first) != sorted(second) else found[:1]
+        return found if sorted(first) != sorted(second) else found[:1]
 
     def _pick(self, pieces, near: np.ndarray, alike: np.ndarray) -> list[int]:
         """Maximal marginal relevance (Carbonell and Goldstein 1998): near to the question, unlike what is there."""
