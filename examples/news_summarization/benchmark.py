@@ -83,14 +83,15 @@ def measure_retrieval(args, database, embedder) -> None:
 def measure_relevance(args, database, embedder) -> None:
     """The best similarity and coverage of each question, those without an answer in the collection last."""
     rows = sorted(read(args.questions), key=lambda row: not answers(row))
-    right = 0
+    right = {True: [], False: []}
     for row, found in zip(rows, ask_all(database, embedder, rows, "hybrid", 5)):
         says = summaries.relevant(found)
-        right += says == bool(answers(row))
+        right[bool(answers(row))].append(says)
         near, share = max(p.similarity for p in found), max(p.coverage for p in found)
         there, said = "answer" if answers(row) else "none  ", "yes" if says else "no "
         print(f"{there} {said} {near:.2f} {share:.2f} {row['question']}")
-    print(f"{right} of {len(rows)} right")
+    for name, says in (("with an answer", right[True]), ("without one", right[False])):
+        print(f"{sum(says)} of {len(says)} questions {name} are answered")
 
 
 def measure_latency(args, database, embedder) -> None:

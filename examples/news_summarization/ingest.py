@@ -40,6 +40,8 @@ class Article(NamedTuple):
     url: str | None
     published: datetime | None
     source: str
+    remark: str = ""
+    """what was wrong with a field that was left out"""
 
     @property
     def hash(self) -> bytes:
@@ -111,7 +113,11 @@ def article(row: object, columns: dict[str, str]) -> Article:
     title = plain(value["title"] or "", "title")[:500]
     source = plain(value["source"] or "", "source")[:200]
     title = title or text.split("\n")[0][:80]
-    return Article(title, text, link(value["url"]), moment(value["published"]), source)
+    try:
+        published, remark = moment(value["published"]), ""
+    except Rejected as error:  # no reason to do without the article
+        published, remark = None, str(error)
+    return Article(title, text, link(value["url"]), published, source, remark)
 
 
 class _Text(HTMLParser):
@@ -304,6 +310,10 @@ def ingest(
                     if isinstance(row, Rejected):
                         raise row
                     batch.append(article(row, columns))
+                    if batch[-1].remark:
+                        counts["undated"] += 1
+                        if counts["undated"] <= 5:
+                            bar.write(f"without a date: {where}: {batch[-1].remark}")
                 except Rejected as error:
                     counts["left out"] += 1
                     if counts["left out"] <= 5:

@@ -130,7 +130,8 @@ class Ingest(Common):
             found = ingest(database, self.embedder(), self.paths, dict(pair.split("=", 1) for pair in self.columns))
         rate = (found["new"] + found["changed"]) / max(found["seconds"], 1e-9)
         print(
-            f"{found['new']} new, {found['changed']} changed, {found['known']} known, {found['left out']} left out; "
+            f"{found['new']} new, {found['changed']} changed, {found['known']} known, {found['left out']} left out, "
+            f"{found['undated']} without their date; "
             f"{found['passages']} passages; {found['seconds']:.1f} s, {rate:.1f} articles/s"
         )
 

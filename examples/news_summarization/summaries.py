@@ -37,7 +37,7 @@ def relevant(passages: Sequence[Passage]) -> bool:
     return any(p.similarity >= NEAR or (p.similarity >= FAIR and p.coverage >= COVERED) for p in passages)
 
 
-NEAR, FAIR, COVERED = 0.45, 0.30, 0.50
+NEAR, FAIR, COVERED = 0.50, 0.30, 0.40
 
 
 class Extractive:

@@ -113,16 +113,18 @@ def test_rows_that_cannot_be_used_are_named_and_left_out(database, embedder, tmp
         row(6, published="26-FEB-1987 15:01:01.79"),
     ]
     counts = ingest.ingest(database, embedder, [write(tmp_path / "bad.jsonl", rows)], {})
-    assert counts["left out"] == 6 and counts["new"] == 4
+    assert counts["left out"] == 5 and counts["new"] == 5 and counts["undated"] == 1
     said = capsys.readouterr()
     said = said.out + said.err
     for number, reason in enumerate(
         ["not JSON", "a list, not an object", "no 'text'", "text is int", "an empty text"], 1
     ):
-        assert f"bad.jsonl:{number}: {reason}" in said
+        assert f"left out: {tmp_path}/bad.jsonl:{number}: {reason}" in said
+    assert f"without a date: {tmp_path}/bad.jsonl:6: published 'soon' is no date" in said
     found = {one["title"]: one for one in rows_of(database, "SELECT * FROM articles")}
     assert found["Odd title"]["text"] == "A letter ? that cannot be stored.\n\nAnother line."
     assert found["Ferry 4"]["url"] is None and found["Ferry 5"]["url"] is None
+    assert found["Ferry 3"]["published"] is None
     assert found["Ferry 6"]["published"] == datetime(1987, 2, 26, 15, 1, 1, 790000, UTC)
 
 
