@@ -143,7 +143,8 @@ function drawn(answer) {
     choice.remove();
     return node;
   }
-  const found = `${two ? "Two summaries" : "A summary"} of ${counted(passages.size, "passage")}`;
+  const used = answer.passages.filter((entry) => entry.used).length;
+  const found = `${two ? "Two summaries" : "A summary"} of ${counted(used, "passage")}`;
   message.textContent = `${found}, in ${answer.seconds.toFixed(1)} seconds. ${answer.message ?? ""}`;
   choice.querySelector("h3").textContent = two ? "Which is better?" : "Summary";
   const cards = answer.summaries.map((summary, at) => card(answer, summary, at, two, passages));

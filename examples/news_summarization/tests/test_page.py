@@ -25,13 +25,13 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 HERE = Path(__file__).parent.parent
 PAGE = HERE / "page"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+POLICY = (  # the server's; the page must do with it
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 ASK = "3b0f7f3c-6a55-4c7e-9b1e-0d9a7f6f8a11"
 QUERY = "Why did the Velmore harbour tunnel open late?"
-HEALTH = {"status": "ok", "model": "extractive", "articles": 1234, "passages": 5678, "embedding_model": "all-MiniLM-L6-v2"}
+HEALTH = {"status": "ok", "model": "extractive", "articles": 1234, "passages": 5678, "embedding_model": "MiniLM"}
 IMPROVE = {
     "choices": 12,
     "ratings": 3,
@@ -54,33 +54,42 @@ def summary(*sentences: tuple[str, list[int]], model: str = "extractive") -> dic
     return {"text": " ".join(sentence["text"] for sentence in sentences), "sentences": sentences, "model": model}
 
 
+LATE = (
+    "The Velmore harbour tunnel opened to traffic on Thursday, fourteen months after the date that the council had "
+    "promised."
+)
+WRECKS = (
+    "Divers found two wrecks from the eighteenth century in the path of the third segment, and work stopped while "
+    "archaeologists raised what could be raised."
+)
+COST = "The delay added 41 million to a budget of 380 million, the city's treasurer said."
+FINE = (
+    "A court fined the supplier of the tunnel's concrete 2.3 million after tests found that eleven of 96 segments had "
+    "cured too fast."
+)
 PASSAGES = [
     passage(
         1,
         "Harbour tunnel opens fourteen months late",
-        "The Velmore harbour tunnel opened to traffic on Thursday, fourteen months after the date that the council had "
-        "promised. Divers found two wrecks from the eighteenth century in the path of the third segment, and work stopped "
-        "while archaeologists raised what could be raised. The delay added 41 million to a budget of 380 million, the "
-        "city's treasurer said.\n\nTolls will not be charged before July. Cyclists have a lane of their own, which the "
-        "council says is the longest of its kind under water.",
+        f"{LATE} {WRECKS} {COST}\n\nTolls will not be charged before July. Cyclists have a lane of their own, which "
+        "the council says is the longest of its kind under water.",
     ),
     passage(
         2,
         "Wrecks under the harbour are older than thought",
-        "Tree rings date the larger of the two wrecks to 1741, the museum of Velmore said. Its timbers lie in fresh water "
-        "now and will be shown when they are dry, which takes about six years.",
+        "Tree rings date the larger of the two wrecks to 1741, the museum of Velmore said. Its timbers lie in fresh "
+        "water now and will be shown when they are dry, which takes about six years.",
         source="Coast Weekly",
         published="2025-11-02T18:00:00Z",
     ),
     passage(
         3,
         "Concrete supplier fined over tunnel segments",
-        "A court fined the supplier of the tunnel's concrete 2.3 million after tests found that eleven of 96 segments had "
-        "cured too fast. They were cast again in the spring of last year, and the supplier paid for them.",
+        f"{FINE} They were cast again in the spring of last year, and the supplier paid for them.",
         published=None,
         url=None,
     ),
-    passage(4, "Ferries keep their timetable", "The ferry across the harbour goes on running.", used=False, similarity=0.4),
+    passage(4, "Ferries keep their timetable", "The ferry goes on running.", used=False, similarity=0.4),
 ]
 ANSWER = {
     "ask": ASK,
@@ -88,25 +97,14 @@ ANSWER = {
     "answered": True,
     "message": "",
     "summaries": [
-        summary(
-            ("Divers found two wrecks from the eighteenth century in the path of the third segment, and work stopped while "
-             "archaeologists raised what could be raised.", [1]),
-            ("A court fined the supplier of the tunnel's concrete 2.3 million after tests found that eleven of 96 segments "
-             "had cured too fast.", [3]),
-        ),
-        summary(
-            ("The Velmore harbour tunnel opened to traffic on Thursday, fourteen months after the date that the council had "
-             "promised.", [1]),
-            ("Two wrecks, the larger from 1741, lay in its path, and eleven segments had to be cast again.", [2, 3]),
-            ("The delay added 41 million to a budget of 380 million, the city's treasurer said.", [1]),
-        ),
+        summary((WRECKS, [1]), (FINE, [3])),
+        summary((LATE, [1]), ("Two wrecks lay in its path, and segments had to be cast again.", [2, 3]), (COST, [1])),
     ],
     "passages": PASSAGES,
     "seconds": 1.234,
-}  # fmt: skip
-NOTHING = {
-    **ANSWER, "ask": None, "answered": False, "message": "The collection has nothing about this.", "summaries": [],
-}  # fmt: skip
+}
+UNANSWERED = {"ask": None, "answered": False, "message": "The collection has nothing about this.", "summaries": []}
+NOTHING = {**ANSWER, **UNANSWERED}
 
 
 class Stub:
@@ -179,21 +177,19 @@ class News:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        rows = [
-            {"title": entry["title"], "text": entry["text"], "url": entry["url"], "published": entry["published"],
-             "source": entry["source"]} for entry in PASSAGES
-        ]  # fmt: skip
-        (folder / "articles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        fields = ("title", "text", "url", "published", "source")
+        rows = [json.dumps({field: entry[field] for field in fields}) for entry in PASSAGES]
+        (folder / "articles.jsonl").write_text("\n".join(rows))
         self.run("ingest", folder / "articles.jsonl")
         self.log = folder / "serve.log"
         with open(self.log, "w") as log:
             command = [sys.executable, "news.py", "serve", "--port", "0", "--data", folder / "data"]
             self.process = subprocess.Popen(command, cwd=HERE, stdout=log, stderr=subprocess.STDOUT)
-        self.url = None
+        self.url, until = None, time.monotonic() + 60
         while not self.url:
             found = re.search(r"serving on (http://\S+)", self.log.read_text())
             self.url = found and found[1].rstrip("/")
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
             time.sleep(0.05)
 
     def run(self, command: str, *arguments) -> None:
@@ -239,10 +235,8 @@ class Browser:
     def __init__(self, profile: Path):
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which("chromium")
-        for option in (
-            "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-            "disable-component-update", "disable-sync", f"user-data-dir={profile}", "window-size=1200,900", "lang=en-GB",
-        ):  # fmt: skip
+        quiet = "disable-quic no-first-run disable-background-networking disable-component-update disable-sync".split()
+        for option in ("headless=new", "no-sandbox", "disable-gpu", *quiet, f"user-data-dir={profile}"):
             options.add_argument(f"--{option}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
@@ -253,7 +247,7 @@ class Browser:
         self.driver.get(url)
 
     def device(self, width: int = 1200, height: int = 900, **features: str):
-        """The size of the window, and media features by name (an underscore for a hyphen); nothing moves, if not asked for."""
+        """The size of the window, and media features by name, an underscore for a hyphen; nothing else moves."""
         features = {"prefers_reduced_motion": "reduce", "prefers_color_scheme": "light", **features}
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -273,18 +267,17 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def wait(self, condition, what: str = "in vain"):
-        return WebDriverWait(self.driver, 6, poll_frequency=0.02).until(lambda _: condition(), what)
+        return WebDriverWait(self.driver, 6, poll_frequency=0.03).until(lambda _: condition(), what)
 
     def find(self, selector: str, text: str = "", at: int = 0):
         """A visible element, waited for, that has a text in it."""
 
         def found():
             # in one go: the page may change between finding elements and asking them
-            return self.js(
-                "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility() && "
-                "e.textContent.includes(arguments[1]))[arguments[2]]", selector, text, at)  # fmt: skip
+            code = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility() && "
+            return self.js(code + "e.textContent.includes(arguments[1]))[arguments[2]]", selector, text, at)
 
-        return self.wait(found, f"no {selector} with {text!r} in: {self.js('return document.body.innerText')}")
+        return self.wait(found, f"no {selector} with {text!r}")
 
     def click(self, selector: str, text: str = "", at: int = 0):
         self.find(selector, text, at).click()
@@ -317,6 +310,11 @@ class Browser:
         field = self.find("#q")
         field.clear()
         field.send_keys(query, Keys.ENTER)
+
+    def date(self, name: str, day: str):
+        """Give a day to the filter; how days are typed depends on the language."""
+        code = "const e = document.getElementById(arguments[0]); e.value = arguments[1]; "
+        self.js(code + "e.dispatchEvent(new Event('input', { bubbles: true }))", name, day)
 
     def asked(self, stub: Stub, query: str = QUERY):
         """Open the page, ask, and wait for the answer."""
@@ -375,7 +373,7 @@ def test_a_choice_of_a_reader_becomes_a_preference_pair(server, browser):
     mark.click()
     cited = browser.find("li[aria-current]")
     assert cited == browser.find(f"#passage-{number}") == browser.focused()
-    assert cited.value_of_css_property("background-color") != browser.find("main").value_of_css_property("background-color")
+    assert "rgba(0, 0, 0, 0)" != cited.value_of_css_property("background-color")
     assert browser.text("li[aria-current] mark") == first[0]
 
     browser.click(".choose", "B is better")
@@ -383,9 +381,9 @@ def test_a_choice_of_a_reader_becomes_a_preference_pair(server, browser):
     browser.find("#tally", "1 of ")
     (pair,) = server.export()
     assert QUERY in pair["prompt"]
-    # marks stand behind sentences
     for side, sentences in (("chosen", second), ("rejected", first)):
-        assert [" ".join(text.split()) for text in sentences] == re.sub(r"( \[\d+\])+ ?", "\n", pair[side]).strip().split("\n")
+        unmarked = re.sub(r"( \[\d+\])+ ?", "\n", pair[side])  # marks stand behind sentences
+        assert unmarked.strip().split("\n") == [" ".join(text.split()) for text in sentences]
 
     browser.click(".choose", "A is better")  # another mind
     browser.find(".notice", "Saved: summary A is better")
@@ -421,13 +419,13 @@ def test_an_empty_collection_and_enough_choices(stub, browser):
 
 def test_an_answer_with_its_passages(stub, browser):
     browser.asked(stub)
-    assert browser.text(".message") == "Two summaries of 4 passages, in 1.2 seconds."
+    assert browser.text(".message") == "Two summaries of 3 passages, in 1.2 seconds."
     assert browser.text("#status") == browser.text(".message")  # read out
     assert browser.driver.title.startswith(QUERY)
-    for card, shown in zip(browser.all(".summary .text"), ANSWER["summaries"], strict=True):
-        assert card.text == " ".join(
-            sentence["text"] + "".join(f"[{number}]" for number in sentence["citations"]) for sentence in shown["sentences"]
-        )
+    assert [card.text for card in browser.all(".summary .text")] == [
+        f"{WRECKS}[1] {FINE}[3]",
+        f"{LATE}[1] Two wrecks lay in its path, and segments had to be cast again.[2][3] {COST}[1]",
+    ]
     about = ["Velmore Gazette", "12 March 2026", "similarity 0.71", "score 0.033"]
     found = browser.all(".passages li")
     assert [node.find_element(By.CSS_SELECTOR, ".about").text.split("\n") for node in found] == [
@@ -438,21 +436,24 @@ def test_an_answer_with_its_passages(stub, browser):
     ]
     for node, entry in zip(found, PASSAGES, strict=True):
         assert node.find_element(By.CSS_SELECTOR, ".title").text == f"[{entry['number']}] {entry['title']}"
-        links = node.find_elements(By.CSS_SELECTOR, ".title a")
-        assert [(link.get_attribute("href"), link.text) for link in links] == [(entry["url"], entry["title"])] * bool(entry["url"])
-        assert all(link.get_attribute("rel") == "noopener noreferrer nofollow" for link in links)
-        assert all(link.get_attribute("target") == "_blank" for link in links)
+        links = [
+            [link.text, *map(link.get_attribute, ("href", "target", "rel"))]
+            for link in node.find_elements(By.CSS_SELECTOR, ".title a")
+        ]
+        wanted = [entry["title"], entry["url"], "_blank", "noopener noreferrer nofollow"]
+        assert links == ([wanted] if entry["url"] else [])
     assert browser.find("time").get_attribute("datetime") == PASSAGES[0]["published"]
     (text, *others) = [node.find_element(By.CSS_SELECTOR, ".text") for node in found]
     assert [other.text for other in others] == [entry["text"] for entry in PASSAGES[1:]]
-    assert text.text.endswith(" …") and PASSAGES[0]["text"].startswith(text.text[:-2]) and 250 < len(text.text) < 330
+    short = text.text
+    assert short.endswith(" …") and PASSAGES[0]["text"].startswith(short[:-2]) and 250 < len(short) < 330
     (more,) = [more for more in browser.all(".more") if more.is_displayed()]
-    assert (more.get_attribute("aria-expanded"), more.get_property("textContent")) == ("false", "Show more of passage 1")
+    told = lambda: (more.get_attribute("aria-expanded"), more.get_property("textContent"))
+    assert told() == ("false", "Show more of passage 1")
     more.click()
-    assert text.text == PASSAGES[0]["text"]
-    assert (more.get_attribute("aria-expanded"), more.get_property("textContent")) == ("true", "Show less of passage 1")
+    assert text.text == PASSAGES[0]["text"] and told() == ("true", "Show less of passage 1")
     more.click()
-    assert text.text.endswith(" …")
+    assert text.text == short and told() == ("false", "Show more of passage 1")
 
 
 def test_the_way_to_a_passage_and_back(stub, browser):
@@ -463,7 +464,7 @@ def test_the_way_to_a_passage_and_back(stub, browser):
     assert [mark.text for mark in marks] == ["[1]", "[3]", "[1]", "[2]", "[3]", "[1]"]
     address = browser.driver.current_url
     visible = "const box = arguments[0].getBoundingClientRect(); return box.top >= 0 && box.bottom <= innerHeight"
-    for mark, number, marked in ((marks[3], 2, []), (marks[1], 3, [ANSWER["summaries"][0]["sentences"][1]["text"]])):
+    for mark, number, marked in ((marks[3], 2, []), (marks[1], 3, [FINE])):
         mark.click()
         (node,) = browser.all("[aria-current]")  # one at a time
         assert node == browser.focused() == browser.find(f"#passage-{number}")
@@ -476,7 +477,7 @@ def test_the_way_to_a_passage_and_back(stub, browser):
         assert not browser.all("[aria-current]") and not browser.all("mark")
         assert not any(back.is_displayed() for back in browser.all(".back"))
     marks[2].click()
-    assert browser.text("#passage-1 .text") == PASSAGES[0]["text"]  # opened: the sentence may stand in what was not shown
+    assert browser.text("#passage-1 .text") == PASSAGES[0]["text"]  # the sentence may be where it was cut off
     marks[4].click()
     assert browser.focused() == browser.find("[aria-current]") == browser.find("#passage-3")
     browser.find("#passage-1").send_keys(Keys.ESCAPE)  # no citation led there last
@@ -528,7 +529,8 @@ def test_rating(stub, browser):
 
 
 def test_one_summary_is_not_chosen_but_rated(stub, browser):
-    stub.replies["ask"] = {**ANSWER, "summaries": [summary(("It rained.", [2, 9]), model="version 3")], "passages": PASSAGES[1:2]}
+    one = [summary(("It rained.", [2, 9]), model="version 3")]
+    stub.replies["ask"] = {**ANSWER, "summaries": one, "passages": PASSAGES[1:2]}
     browser.asked(stub)
     assert browser.text(".choice h3") == "Summary" and not browser.all(".choose")
     assert browser.text(".message") == "A summary of 1 passage, in 1.2 seconds."
@@ -667,7 +669,8 @@ def test_a_question_that_fails(kind, stub, browser):
     browser.find("#examples button")
     if kind == "silent":
         stub.gate.clear()
-        browser.js("const limit = AbortSignal.timeout; AbortSignal.timeout = time => limit.call(AbortSignal, time / 1000)")
+        code = "const limit = AbortSignal.timeout.bind(AbortSignal); "
+        browser.js(code + "AbortSignal.timeout = time => limit(time / 1000)")
     browser.offline(kind == "offline")
     stub.replies["ask"], good = reply, stub.replies["ask"]
     browser.ask(QUERY)
@@ -751,7 +754,8 @@ def test_back_forward_and_reload(stub, browser):
     browser.click(".choose", "B is better")
     browser.find(".notice", "Saved")
     browser.click(".more")
-    browser.js("for (const [id, day] of [['from', '2026-01-31'], ['to', '2026-03-01']]) document.getElementById(id).value = day")
+    browser.date("from", "2026-01-31")
+    browser.date("to", "2026-03-01")
     browser.ask("Second?")
     browser.find(".question", "Second?")
     assert browser.address() == {"q": "Second?", "from": "2026-01-31", "to": "2026-03-01"}
@@ -783,6 +787,7 @@ def test_back_forward_and_reload(stub, browser):
 
 
 def test_addresses_that_are_typed(stub, browser):
+    browser.expected = "does not conform to the required format"  # "yesterday"
     browser.open(f"{stub.url}/?q=%20{'x' * 600}&from=yesterday&to=2026-03-01&k=9")
     browser.find(".question", "x" * 500)
     assert stub.sent("ask") == [{"query": "x" * 500, "from": None, "to": "2026-03-01"}]
@@ -804,10 +809,8 @@ def test_what_is_no_question_is_not_asked(stub, browser):
     browser.ask("   ")
     assert browser.find("#q").get_attribute("maxlength") == "500"
     for days in (("2026-03-02", "2026-03-01"), ("2026-03-01", "2026-03-01")):
-        for name, day in zip(("from", "to"), days):
-            browser.js(
-                "const input = document.getElementById(arguments[0]); input.value = arguments[1]; "
-                "input.dispatchEvent(new Event('input', { bubbles: true }))", name, day)  # fmt: skip
+        browser.date("from", days[0])
+        browser.date("to", days[1])
         assert not stub.sent("ask")
         browser.ask("  Why? ")
     browser.find(".question", "Why?")
@@ -818,8 +821,17 @@ def test_what_is_no_question_is_not_asked(stub, browser):
 
 
 def test_hostile_text_stays_text(stub, browser):
-    hostile = "<img src=x onerror=\"window.hacked=1\"><script>window.hacked=1</script>&lt;b&gt;\u202e</p>"
-    urls = ["javascript:window.hacked=1", " javascript:window.hacked=1", "data:text/html,x", "//x.example", "httpx://x", ""]
+    hostile = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>&lt;b&gt;\u202e</p>'
+    script = "javascript:window.hacked=1"
+    urls = [
+        script,
+        f" {script}",
+        f"{script}//http://",
+        "data:text/html,x",
+        "//x.example",
+        "httpx:",
+        "HTTPS://x.example",
+    ]
     stub.replies["ask"] = lambda sent: {
         **ANSWER,
         "query": sent["query"],
@@ -827,17 +839,15 @@ def test_hostile_text_stays_text(stub, browser):
         "summaries": [summary((hostile, [1]), model=hostile)],
         "passages": [
             passage(at, hostile, hostile, source=hostile, published=hostile, url=url) for at, url in enumerate(urls, 1)
-        ] + [passage(9, hostile, hostile, url="HTTPS://x.example/?a=\"><b>")],
-    }  # fmt: skip
+        ],
+    }
     stub.replies["improve"] = {**IMPROVE, "model": hostile, "questions": [hostile]}
     browser.open(stub.url)
     assert browser.find("#examples button").get_property("textContent") == hostile
     browser.click("#examples button")
-    for selector, text in (
-        (".question", hostile), (".message", hostile), (".sentence", hostile), (".model", hostile), ("#writer", hostile),
-        (".title", f"[1] {hostile}"), (".passages .text", hostile), (".about", hostile), (".about", "undated"),
-    ):  # fmt: skip
-        assert text in browser.find(selector).get_property("textContent")
+    for selector in (".question", ".message", ".sentence", ".model", "#writer", ".title", ".passages .text", ".about"):
+        assert hostile in browser.find(selector).get_property("textContent")
+    assert "undated" in browser.text(".about")
     browser.click(".sentence a")
     assert browser.find("mark").get_property("textContent") == hostile
     (link,) = browser.all(".title a")
@@ -864,10 +874,8 @@ def bring(state: str, stub: Stub, browser: Browser, word: str = "word "):
     away = (503, {"error": word * 9})
     there = [passage(at, word * 9, word * 90, source=word * 3) for at in (1, 2)]
     full = {**ANSWER, "query": word * 9, "passages": there, "summaries": [summary((word * 60, [1, 2]))] * 2}
-    stub.replies["ask"] = {
-        "one": {**full, "summaries": full["summaries"][:1]}, "nothing": {**full, "answered": False, "message": word * 9},
-        "problem": away,
-    }.get(state, full)  # fmt: skip
+    one, nothing = {**full, "summaries": full["summaries"][:1]}, {**full, "answered": False}
+    stub.replies["ask"] = {"one": one, "nothing": nothing, "problem": away}.get(state, full)
     stub.replies["improve"] = {**IMPROVE, "questions": [word * 9], "model": word * 9}
     if state == "away":
         stub.replies["health"] = away
@@ -875,8 +883,8 @@ def bring(state: str, stub: Stub, browser: Browser, word: str = "word "):
         stub.replies["ratings"] = away
     with stub.held() if state == "loading" else contextlib.nullcontext():
         browser.open(stub.url if state in ("empty", "away") else f"{stub.url}/?q={word * 9}")
-        there = {"empty": "#examples button", "loading": ".loading", "away": ".problem", "problem": ".problem"}
-        browser.find(there.get(state, ".question"))
+        signs = {"empty": "#examples button", "loading": ".loading", "away": ".problem", "problem": ".problem"}
+        browser.find(signs.get(state, ".question"))
         if state in ("chosen", "elsewhere"):
             browser.click(".choose")
             browser.find(".notice", "Saved")
@@ -885,7 +893,8 @@ def bring(state: str, stub: Stub, browser: Browser, word: str = "word "):
             browser.click(".sentence a")
             browser.find("[aria-current]")
         if state == "elsewhere":
-            browser.js("const again = document.querySelector('.notice button'); document.querySelector('article').remove(); again.click()")
+            code = "const again = document.querySelector('.notice button'); "
+            browser.js(code + "document.querySelector('article').remove(); again.click()")
             browser.find("#elsewhere button")
         yield
 
@@ -919,7 +928,8 @@ for (const node of document.body.querySelectorAll("*")) {
 return [light(behind(document.body)), found];
 """
 WIDE = """
-return [...document.querySelectorAll("html, body *")].filter(e => e.checkVisibility() && !e.matches("input, .unseen, .skip"))
+return [...document.querySelectorAll("html, body *")]
+  .filter(e => e.checkVisibility() && !e.matches("input, .unseen, .skip"))
   .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth)
   .map(e => e.outerHTML.slice(0, 80));
 """
@@ -937,21 +947,21 @@ def test_a_state_on_a_phone_in_both_schemes_and_to_a_screen_reader(state, stub, 
         assert not browser.js(WIDE)
 
         tree = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-        nodes = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in tree if not node["ignored"]]
+        tree = [node for node in tree if not node["ignored"]]
+        nodes = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in tree]
         roles = [role for role, _ in nodes]
         assert [roles.count(landmark) for landmark in ("banner", "search", "main", "contentinfo")] == [1, 1, 1, 1]
         assert ("region", "Answer") in nodes and "status" in roles
         controls = ("button", "link", "textbox", "Date", "group", "progressbar")
         assert not [role for role, name in nodes if role in controls and not name]
         if state == "chosen":
-            assert {name for role, name in nodes if role == "group"} == {"Only articles published", "Rate Summary A", "Rate Summary B"}
-            assert {name.split(" of ")[0] for role, name in nodes if role == "button"} >= {
-                "A is better", "B is better", "Good", "Poor", "Back to the summary", "Show less", "Send it again"
-            }  # fmt: skip
-        levels = browser.js(
-            "return [...document.querySelectorAll('h1, h2, h3, h4')].filter(e => e.checkVisibility()).map(e => +e.localName[1])"
-        )
-        assert levels.count(1) == 1 == levels[0] and all(after <= before + 1 for before, after in zip(levels, levels[1:]))
+            names = {name.split(" of ")[0] for role, name in nodes if role in ("button", "group")}
+            assert names >= {"Only articles published", "Rate Summary A", "Rate Summary B", "Good", "Poor"}
+            assert names >= {"A is better", "B is better", "Back to the summary", "Show less", "Send it again"}
+        code = "return [...document.querySelectorAll('h1, h2, h3, h4')].filter(e => e.checkVisibility())"
+        levels = browser.js(code + ".map(e => +e.localName[1])")
+        assert levels[0] == 1 and levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in zip(levels, levels[1:]))  # none left out
 
 
 def test_two_summaries_stand_side_by_side_or_one_above_the_other(stub, browser):
