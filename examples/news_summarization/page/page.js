@@ -75,7 +75,7 @@ function show(node, said = "") {
 function problem(what, error, again) {
   const node = clone("problem");
   node.firstElementChild.textContent = `${what}: ${error.message}.`;
-  if (error.passing) node.append(element("p", "This may pass: it can be tried again."), button("Try again", again));
+  if (error.passing) node.append(element("p", "This may pass."), button("Try again", again));
   return node;
 }
 
