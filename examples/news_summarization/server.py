@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import random
 import threading
 import time
 import uuid
@@ -134,6 +135,7 @@ def answer(database: Database, embedder: Embedder, summariser, query: str, k: in
     else:
         prompt, used = summariser.prompt(query, passages)
         summaries = [{**asdict(s), "text": s.text} for s in summariser.write(query, passages)]
+        random.shuffle(summaries)  # or what readers like of the left side would be taken for what they like of a model
         for summary in summaries:
             summary["sentences"] = [
                 {"text": text, "citations": list(numbers)} for text, numbers in summary["sentences"]

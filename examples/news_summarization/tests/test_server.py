@@ -136,6 +136,10 @@ def test_days_are_included_at_both_ends(client):
     assert not late["answered"] and late["message"] == "The collection has no article between these dates."
 
 
+def test_neither_kind_of_summary_stands_always_on_one_side(client):
+    assert len({ask(client)["summaries"][0]["text"] for _ in range(30)}) == 2
+
+
 def test_answers_are_kept_as_they_were_shown(client, ours):
     found = ask(client)
     row = one(ours, "SELECT * FROM asks")
@@ -499,6 +503,13 @@ def news(*words, **options):
 def test_mistakes_on_the_command_line(words, line):
     done = news(*words)
     assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_a_server_of_ones_own(ours):
+    done = news("models", env={**os.environ, "DATABASE_URL": ours.pool.conninfo})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "* extractive\n", "")
+    done = news("models", env={**os.environ, "DATABASE_URL": "postgresql://me:secret@127.0.0.1:1/none"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "secret" not in done.stderr
 
 
 def test_the_default_address_is_loopback_and_sigterm_ends_it(folder):

@@ -14,7 +14,8 @@ def words(texts):
 
 TEXT = (
     'The U.S. ferry left at 5 p.m. on Monday. Mr. Brun said: "It is late." Nobody was hurt.\n\n'
-    "Repairs cost 3.2 million crowns, 12 per cent more than planned. Zo\u00eb's caf\u00e9 stayed open \U0001f6a2. When will it end?"
+    "Repairs cost 3.2 million crowns, 12 per cent more than planned. Zo\u00eb's caf\u00e9 stayed open \U0001f6a2. "
+    "When will it end?"
 )
 
 
