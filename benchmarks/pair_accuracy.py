@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,14 +23,50 @@ from common.functions import load_function  # noqa: E402
 from common.models import LanguageModel, end_tokens, load_lm, load_tokenizer, shares_exactly  # noqa: E402
 
 
-def logprobs(path: str, rows: list, args) -> tuple[list, np.ndarray]:
-    """The pairs, and log-probs (M, 2) of their outputs by the model at a path."""
-    tokenizer, model = load_tokenizer(args.reference), LanguageModel(load_lm(path))
-    longest = window(args.max_length, model.lm.config.get_text_config())
-    pairs, _ = dpo.make_pairs(rows, tokenizer, end_tokens(tokenizer, path), model.seq2seq, longest,
-                              dpo.Args(truncation_side=args.truncation_side, train_eos=not args.no_train_eos))
-    found = dpo.with_reference(model, pairs, shares_exactly(model, longest), 8)
-    return found, np.array([pair.reference for pair in found])
+def measures(model: str, reference: str, rows: list, args: dpo.Args) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What pairs show of a model, and of which prompt each is.
+
+    Args:
+        model, reference: paths or hub ids; the tokenizer is the reference's.
+        rows: of `dpo.load_pairs`.
+        args: the settings of the run: how long a pair may be, beta, what its log-probs are.
+    Returns:
+        values (M,) by their names: accuracies (0, 0.5 for equal ones, 1) and the margin in nats times beta; and the
+        numbers of the whole prompts (M,), which may be cut to different lengths beside different outputs.
+    """
+    tokenizer, prompts, found = load_tokenizer(reference), {}, []
+    for row in rows:
+        prompt = str(row[0].messages[: row[0].first] if row[0].messages else row[0].turns[0])
+        prompts.setdefault(prompt, []).append(row)
+    for path in (reference, model):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        lm = LanguageModel(load_lm(path).to(device))
+        longest = window(args.max_length, lm.lm.config.get_text_config())
+        groups = [dpo.make_pairs(some, tokenizer, end_tokens(tokenizer, path), lm.seq2seq, longest, args)[0]
+                  for some in prompts.values()]
+        pairs = dpo.with_reference(lm, sum(groups, []), shares_exactly(lm, longest), args.micro_batch_size)
+        found.append(np.array([pair.reference for pair in pairs]))
+    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    if args.logprobs == "mean" or (args.logprobs == "auto" and args.loss in ("ipo", "simpo")):
+        found = [sums / lengths for sums in found]
+    before, after = found
+    both = {"accuracy of the implicit reward": after - before, "accuracy of log pi": after,
+            "accuracy of log pi_ref": before, "accuracy of the longer output": lengths}
+    values = {name: np.sign(each[:, 0] - each[:, 1]) / 2 + 0.5 for name, each in both.items()}
+    values["margin"] = args.beta * ((after - before)[:, 0] - (after - before)[:, 1])
+    return values, np.repeat(np.arange(len(groups)), [len(some) for some in groups])
+
+
+def interval(values: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 1) -> tuple[float, float, float]:
+    """The mean of values (M,), and the ends of its 95 % interval by a bootstrap over groups (M,): as many are drawn as
+    there are, with replacement, each with all its values."""
+    _, groups = np.unique(groups, return_inverse=True)
+    sums, counts, rng = np.bincount(groups, values), np.bincount(groups), np.random.default_rng(seed)
+    means = []
+    for _ in range(draws):
+        drawn = rng.integers(len(counts), size=len(counts))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    return float(np.mean(values)), *map(float, np.quantile(means, [0.025, 0.975]))
 
 
 def main():
@@ -48,25 +85,13 @@ def main():
     init(1)
     format_fn = load_function(args.format, "--format") if args.format else None
     rows = dpo.load_pairs(None, args.dataset, "--dataset", format_fn)
-    pairs, before = logprobs(args.reference, rows, args)
-    _, after = logprobs(args.model, rows, args)
-    numbers = {}
-    prompts = np.array([numbers.setdefault(tuple(pair.prompt), len(numbers)) for pair in pairs])
-    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
-    if args.means:
-        before, after = before / lengths, after / lengths
-    rng = np.random.default_rng(1)
-    draws = [rng.integers(prompts.max() + 1, size=prompts.max() + 1) for _ in range(2000)]
-    weights = np.array([np.bincount(draw, minlength=prompts.max() + 1)[prompts] for draw in draws])
-    print(f"{len(pairs)} pairs of {prompts.max() + 1} prompts")
-    measures = {"accuracy of the implicit reward": after - before, "accuracy of log pi": after,
-                "accuracy of log pi_ref": before, "accuracy of the longer output": lengths}
-    values = {name: np.sign(both[:, 0] - both[:, 1]) / 2 + 0.5 for name, both in measures.items()}
-    values["margin"] = args.beta * ((after - before)[:, 0] - (after - before)[:, 1])
+    settings = dpo.Args(max_length=args.max_length, truncation_side=args.truncation_side, beta=args.beta,
+                        train_eos=not args.no_train_eos, logprobs="mean" if args.means else "sum")
+    values, prompts = measures(args.model, args.reference, rows, settings)
+    print(f"{len(prompts)} pairs of {len(set(prompts))} prompts")
     for name, each in values.items():
-        means = weights @ each / weights.sum(1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        print(f"{name}: {each.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}")
+        mean, low, high = interval(each, prompts)
+        print(f"{name}: {mean:.3f}, 95 % interval {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def sentences(text: str) -> list[Span]:
 
 
 def split(text: str, size: int, count: Callable[[list[str]], list[int]], overlap: int = 1) -> list[Span]:
-    """Passages of whole sentences with at most `size` tokens, each beginning with the last `overlap` sentences of the one
-    before, where they fit. A longer sentence is cut between words.
+    """Passages of whole sentences with at most `size` tokens, each beginning with the last `overlap` sentences of the
+    one before, where they fit. A longer sentence is cut between words.
 
     Args:
         count: how many tokens each of some texts has.
@@ -66,7 +66,9 @@ def _cut(text: str, unit: Span, size: int, count) -> list[Span]:
     return _cut(text, Span(unit.start, cut), size, count) + _cut(text, Span(rest, unit.stop), size, count)
 
 
-def prompt_of(query: str, passages: Sequence[tuple[str, str]], room: int, count: Callable[[list[str]], list[int]]) -> tuple[str, int]:
+def prompt_of(
+    query: str, passages: Sequence[tuple[str, str]], room: int, count: Callable[[list[str]], list[int]]
+) -> tuple[str, int]:
     """What a model is given: the question and numbered passages (title, text), as many as fit into `room` tokens.
 
     The first passage that does not fit is cut after a whole sentence, where one fits.
@@ -88,13 +90,24 @@ def prompt_of(query: str, passages: Sequence[tuple[str, str]], room: int, count:
     return prompt, len(passages)
 
 
+def passages_of(prompt: str) -> list[str]:
+    """The passages of a prompt, each "title: text", as far as they are in it."""
+    found, number, at = [], 1, prompt.find(" [1] ")
+    while at >= 0:
+        number += 1
+        end = prompt.find(f" [{number}] ", at)
+        found.append(prompt[at : end if end >= 0 else None].partition("] ")[2])
+        at = end
+    return found
+
+
 MARK = re.compile(r"\s*\[(\d{1,3})\]")
 STOPWORDS = frozenset(
-    "a about after again all also am an and any are as at be because been before being between both but by can could did "
-    "do does doing down during each few for from further had has have having he her here hers him his how i if in into is "
-    "it its just me more most my no nor not now of off on once only or other our out over own said same say says she "
-    "should so some such than that the their them then there these they this those through to too under until up very "
-    "was we were what when where which while who whom why will with would you your".split()
+    "a about after again all also am an and any are as at be because been before being between both but by can "
+    "could did do does doing down during each few for from further had has have having he her here hers him his "
+    "how i if in into is it its just me more most my no nor not now of off on once only or other our out over own "
+    "said same say says she should so some such than that the their them then there these they this those through "
+    "to too under until up very was we were what when where which while who whom why will with would you your".split()
 )
 
 
@@ -126,11 +139,10 @@ class Cited(NamedTuple):
 SUPPORTED = 0.6  # of a sentence's content words, for a passage to be cited
 
 
-def cite(summary: str, passages: Sequence[str], threshold: float = SUPPORTED) -> list[Cited]:
-    """The sentences of a model's summary that passages support, each with its citations.
+def parse(summary: str) -> list[Cited]:
+    """The sentences of a text, each with the numbers of the marks behind it, whatever they point to.
 
-    A mark `[n]` that the model wrote stays if passage n supports the sentence; without such, the passage that supports it
-    best is cited. What no passage supports is left out.
+    Marks before the first sentence are of an empty one.
     """
     # a mark stands behind its sentence: "It rained. [1] It stopped. [2]"
     pieces, numbers, at = [], [], 0
@@ -138,20 +150,27 @@ def cite(summary: str, passages: Sequence[str], threshold: float = SUPPORTED) ->
         pieces.append(summary[at : run.start()])
         numbers.append([int(number) for number in MARK.findall(run.group())])
         at = run.end()
-    pieces.append(summary[at:])
-    numbers.append([])
     found = []
-    for piece, marks in zip(pieces, numbers):
-        spans = sentences(piece)
-        for place, span in enumerate(spans):
-            text = piece[span.start : span.stop]
-            scores = [support(text, passage) for passage in passages]
-            own = marks if place + 1 == len(spans) else []
-            cited = sorted({n for n in own if 1 <= n <= len(scores) and scores[n - 1] >= threshold})
-            if not cited and scores and max(scores) >= threshold:
-                cited = [scores.index(max(scores)) + 1]
-            if cited:
-                found.append(Cited(text, cited))
+    for piece, marks in zip([*pieces, summary[at:]], [*numbers, []]):
+        texts = [piece[span.start : span.stop] for span in sentences(piece)] or [""] * bool(marks)
+        found += [Cited(text, marks if place + 1 == len(texts) else []) for place, text in enumerate(texts)]
+    return found
+
+
+def cite(summary: str, passages: Sequence[str], threshold: float = SUPPORTED) -> list[Cited]:
+    """The sentences of a model's summary that passages support, each with its citations.
+
+    A mark `[n]` that the model wrote stays if passage n supports the sentence; without such, the passage that supports
+    it best is cited. What no passage supports is left out.
+    """
+    found = []
+    for text, marks in parse(summary):
+        scores = [support(text, passage) for passage in passages]
+        cited = sorted({n for n in marks if 1 <= n <= len(scores) and scores[n - 1] >= threshold})
+        if not cited and scores and max(scores) >= threshold:
+            cited = [scores.index(max(scores)) + 1]
+        if cited:
+            found.append(Cited(text, cited))
     return found
 
 

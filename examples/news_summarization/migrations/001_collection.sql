@@ -29,17 +29,20 @@ CREATE TABLE chunks (
 CREATE INDEX chunks_words ON chunks USING gin (words);
 CREATE INDEX chunks_published ON chunks (published);
 
--- In how many chunks a lexeme occurs. PostgreSQL's own ranking does not know it, and a question is mostly common words.
+-- In how many chunks a lexeme occurs, and under '', which is no lexeme, how many chunks there are. PostgreSQL's own
+-- ranking does not know it, and a question is mostly common words.
 CREATE TABLE lexemes (lexeme text PRIMARY KEY, chunks bigint NOT NULL);
 
 CREATE FUNCTION count_lexemes() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        INSERT INTO lexemes SELECT lexeme, count(*) FROM changed, unnest(changed.words) GROUP BY lexeme ORDER BY lexeme
+        INSERT INTO lexemes SELECT lexeme, count(*) FROM changed, unnest('{""}' || tsvector_to_array(changed.words)) AS lexeme
+        GROUP BY lexeme ORDER BY lexeme
         ON CONFLICT (lexeme) DO UPDATE SET chunks = lexemes.chunks + excluded.chunks;
     ELSE
         UPDATE lexemes SET chunks = lexemes.chunks - gone.chunks
-        FROM (SELECT lexeme, count(*) AS chunks FROM changed, unnest(changed.words) GROUP BY lexeme) AS gone
+        FROM (SELECT lexeme, count(*) AS chunks FROM changed, unnest('{""}' || tsvector_to_array(changed.words)) AS lexeme
+              GROUP BY lexeme) AS gone
         WHERE lexemes.lexeme = gone.lexeme;
     END IF;
     RETURN NULL;
