@@ -186,7 +186,7 @@ function card(answer, summary, at, two, passages) {
   return node;
 }
 
-// A link, since it leads to a place in the page, and since a button would be torn from its sentence's last word.
+// A link, since it leads to a place in the page; and a button could not be kept with its sentence's last word.
 function citation(cited, found, sentence) {
   if (!found) return ` [${cited}]`;
   const mark = element("a", `[${cited}]`, { href: `#passage-${cited}`, ariaLabel: `[${cited}], from ${found.title}` });

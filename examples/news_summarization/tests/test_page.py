@@ -952,6 +952,18 @@ def test_two_summaries_stand_side_by_side_or_one_above_the_other(stub, browser):
     assert second["y"] >= first["y"] + first["height"] and second["width"] == first["width"] > 300
 
 
+def test_a_mark_stands_with_its_sentence(stub, browser):
+    browser.asked(stub)
+    code = (
+        "return [...document.querySelectorAll('.sentence')].map(sentence => { const range = new Range(); "
+        "range.setStart(sentence.firstChild, sentence.firstChild.length - 1); range.setEndAfter(sentence.firstChild); "
+        "return sentence.querySelector('a').getBoundingClientRect().top - range.getBoundingClientRect().top; })"
+    )
+    for width in range(340, 560, 20):
+        browser.device(width)
+        assert all(abs(down) < 15 for down in browser.js(code)), width
+
+
 def test_nothing_moves_for_who_wants_that(stub, browser):
     browser.device()
     with bring("loading", stub, browser):
