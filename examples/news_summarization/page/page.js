@@ -75,7 +75,7 @@ function show(node, said = "") {
 function problem(what, error, again) {
   const node = clone("problem");
   node.firstElementChild.textContent = `${what}: ${error.message}.`;
-  if (error.passing) node.append(element("p", "This may pass."), button("Try again", again));
+  if (error.passing) node.append(element("p", "It may work in a moment."), button("Try again", again));
   return node;
 }
 
@@ -97,12 +97,13 @@ async function ask() {
   } catch (error) {
     if (asking !== mine) return;
     if (!("passing" in error)) console.error(error);
-    show(problem("No answer", error, ask));
+    show(problem("No answer", error, () => $("ask").requestSubmit()));
   }
   asking = null;
 }
 
-function go() {
+function go(event) {
+  event.preventDefault();
   if (here() !== bar) history.pushState(null, "", here());
   bar = here();
   elsewhere.replaceChildren();
@@ -132,7 +133,9 @@ function drawn(answer) {
   const [question, message, choice, nearest, list] = parts(node, "question", "message", "choice", "nearest", "passages");
   const answered = answer.answered && answer.summaries.length > 0;
   const two = answer.summaries.length > 1;
-  const passages = new Map(answer.passages.map((entry) => [entry.number, passage(entry, answered)]));
+  const cited = new Set(answer.summaries.flatMap(({ sentences }) => sentences.flatMap(({ citations }) => citations)));
+  const unused = answer.passages.filter((entry) => answered && !entry.used && !cited.has(entry.number));
+  const passages = new Map(answer.passages.map((entry) => [entry.number, passage(entry, !unused.includes(entry))]));
   question.textContent = answer.query;
   nearest.textContent = answered ? "Passages" : "Nearest, but not enough to answer";
   nearest.hidden = list.hidden = passages.size === 0;
@@ -143,8 +146,7 @@ function drawn(answer) {
     choice.remove();
     return node;
   }
-  const used = answer.passages.filter((entry) => entry.used).length;
-  const found = `${two ? "Two summaries" : "A summary"} of ${counted(used, "passage")}`;
+  const found = `${two ? "Two summaries" : "A summary"} of ${counted(passages.size - unused.length, "passage")}`;
   message.textContent = `${found}, in ${answer.seconds.toFixed(1)} seconds. ${answer.message ?? ""}`;
   choice.querySelector("h3").textContent = two ? "Which is better?" : "Summary";
   const cards = answer.summaries.map((summary, at) => card(answer, summary, at, two, passages));
@@ -184,7 +186,7 @@ function card(answer, summary, at, two, passages) {
   return node;
 }
 
-// A link, since it leads to a place in the page, and since a button would be torn from its sentence's last word.
+// A link, since it leads to a place in the page; and a button could not be kept with its sentence's last word.
 function citation(cited, found, sentence) {
   if (!found) return ` [${cited}]`;
   const mark = element("a", `[${cited}]`, { href: `#passage-${cited}`, ariaLabel: `[${cited}], from ${found.title}` });
@@ -239,7 +241,7 @@ function keep(path, body, field, buttons, notice, query, what, thanks) {
 
 // A passage
 
-function passage(entry, answered) {
+function passage(entry, used) {
   const node = clone("passage");
   const [title, about, text, more, back] = parts(node, "title", "about", "text", "more", "back");
   const short = shortened(entry.text);
@@ -282,7 +284,7 @@ function passage(entry, answered) {
   }
   const facts = [entry.source || "unknown source", day(entry.published)];
   facts.push(`similarity ${entry.similarity.toPrecision(2)}`, `score ${entry.score.toPrecision(2)}`);
-  if (answered && !entry.used) facts.push("not used");
+  if (!used) facts.push("not used");
   for (const fact of facts) about.append(" ", fact.nodeType ? fact : element("span", fact));
   more.hidden = open;
   more.onclick = () => {
@@ -345,10 +347,7 @@ async function load() {
   }
 }
 
-$("ask").onsubmit = (event) => {
-  event.preventDefault();
-  go();
-};
+$("ask").onsubmit = go;
 $("ask").oninput = limitDates;
 addEventListener("popstate", () => location.search === bar || visit()); // equal: only what follows # changed
 visit();
