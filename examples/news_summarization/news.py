@@ -218,7 +218,7 @@ class Train(Common):
     """the same, for evaluation; none: a share of the pairs, by question"""
     needed: int = 50
     """fewest pairs to train on"""
-    max_length: int = 640
+    max_length: int = 1152
     """tokens of prompt and summary together"""
     max_new_tokens: int = 128
     """tokens of a summary"""

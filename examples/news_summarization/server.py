@@ -134,7 +134,7 @@ def answer(database: Database, embedder: Embedder, summariser, query: str, k: in
         found["message"] = f"The collection has nothing{dated} that answers this question."
     else:
         prompt, used = summariser.prompt(query, passages)
-        summaries = [{**asdict(s), "text": s.text} for s in summariser.write(query, passages)]
+        summaries = [{**asdict(s), "text": s.text} for s in summariser.write(query, passages[:used])]
         random.shuffle(summaries)  # or what readers like of the left side would be taken for what they like of a model
         for summary in summaries:
             summary["sentences"] = [

@@ -14,7 +14,7 @@ from embedding import Embedder
 from retrieval import Passage
 from texts import Cited, cite, content_words, marked, prompt_of, sentences
 
-ROOM = 512  # tokens of a prompt for the extractive summariser's record of it, so that it can train a T5
+ROOM = 1024  # tokens of a prompt when no model says how many it can have: five passages
 MOST_NEW = 128  # tokens of a summary
 
 
@@ -49,7 +49,7 @@ class Extractive:
         self.embedder, self.words, self.most = embedder, words, most
 
     def prompt(self, query: str, passages: Sequence[Passage]) -> tuple[str, int]:
-        """What a model would have been given, and of how many passages."""
+        """What a model would have been given, from which it can learn to write such extracts, and how many passages."""
         return prompt_of(query, [(p.title, p.text) for p in passages], ROOM, self.embedder.lengths)
 
     def write(self, query: str, passages: Sequence[Passage]) -> list[Summary]:

@@ -147,6 +147,14 @@ def test_answers_are_kept_as_they_were_shown(client, ours):
     assert row["summaries"] == found["summaries"] and row["passages"] == found["passages"]
     begin = f"summarize: question: {QUESTION} [1] {found['passages'][0]['title']}: {found['passages'][0]['text'][:40]}"
     assert row["prompt"].startswith(begin)
+    used = [passage["number"] for passage in found["passages"] if passage["used"]]
+    assert used == list(range(1, len(used) + 1)) and f" [{len(used)}] " in row["prompt"] + " "
+    cited = {n for summary in found["summaries"] for sentence in summary["sentences"] for n in sentence["citations"]}
+    assert cited <= set(used)  # a model could have written it from the prompt
+    many = ask(client, k=20)
+    assert sum(passage["used"] for passage in many["passages"]) < 20
+    cited = {n for summary in many["summaries"] for sentence in summary["sentences"] for n in sentence["citations"]}
+    assert cited <= {passage["number"] for passage in many["passages"] if passage["used"]}
 
 
 def passage(text, number=1, similarity=0.6, **fields):
