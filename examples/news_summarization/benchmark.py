@@ -10,6 +10,7 @@ python benchmark.py enlarge --data FOLDER --passages N TEXTS...   fill a collect
 import argparse
 import gzip
 import json
+import random
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import retrieval  # noqa: E402
 import summaries  # noqa: E402
 from database import Database  # noqa: E402
 from embedding import Embedder  # noqa: E402
+from texts import sentences  # noqa: E402
 
 
 def read(path: str) -> list[dict]:
@@ -33,8 +35,10 @@ def read(path: str) -> list[dict]:
 
 
 def articles(args) -> None:
-    """Each row with the URL https://NAME.example/ID, by which questions name their answers."""
+    """Each row with the URL https://NAME.example/ID, by which questions name their answers. Where rows have summaries,
+    DIR/known-items.txt has the first sentence of each as a question that its article answers."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    known = []
     for given in args.files:
         name, path = given.split("=", 1)
         out = Path(args.out) / f"{name}-{Path(path).name.split('.')[0]}.jsonl"
@@ -47,7 +51,14 @@ def articles(args) -> None:
                     "published": row.get("date"),
                 }
                 file.write(json.dumps(one) + "\n")
+                if row.get("summary") and row.get("id"):
+                    first = sentences(row["summary"])[0]
+                    question = row["summary"][first.start : first.stop][:500]
+                    known.append({"question": question, "urls": [one["url"]]})
         print(f"{len(rows)} rows in {out}")
+    if known:
+        (Path(args.out) / "known-items.txt").write_text("\n".join(map(json.dumps, known)), encoding="utf-8")
+        print(f"{len(known)} questions in {args.out}/known-items.txt")
 
 
 def answers(row: dict) -> set[str]:
@@ -70,6 +81,7 @@ def ask_all(database, embedder, rows: list[dict], mode: str, k: int) -> list[lis
 def measure_retrieval(args, database, embedder) -> None:
     """Recall@5: the share of questions with an answering article among five. MRR: the mean of 1 / its rank in ten."""
     rows = [row for row in read(args.questions) if answers(row)]
+    rows = random.Random(1).sample(rows, min(len(rows), args.most))
     print(f"| {len(rows)} questions | recall@5 | MRR@10 |\n|---|---|---|")
     for mode in ("vector", "text", "hybrid"):
         ranks = []
@@ -201,6 +213,7 @@ def main() -> None:
         one = commands.add_parser(work.__name__.split("_")[1])
         one.add_argument("--data", required=True)
         one.add_argument("--rounds", type=int, default=10)
+        one.add_argument("--most", type=int, default=250, help="questions, drawn by chance")
         one.add_argument("questions")
         one.set_defaults(work=work)
     one = commands.add_parser("enlarge")
