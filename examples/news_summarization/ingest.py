@@ -40,6 +40,8 @@ class Article(NamedTuple):
     url: str | None
     published: datetime | None
     source: str
+    remark: str = ""
+    """what was wrong with a field that was left out"""
 
     @property
     def hash(self) -> bytes:
@@ -81,7 +83,10 @@ def moment(value: object) -> datetime | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return datetime.fromtimestamp(value, UTC)
         # a day of its own where the text names none, so that "Tuesday" is not taken for this week's
-        found = [dates.parse(str(value), default=datetime(year, month, day)) for year, month, day in ((2000, 1, 1), (2001, 2, 2))]
+        found = [
+            dates.parse(str(value), default=datetime(year, month, day))
+            for year, month, day in ((2000, 1, 1), (2001, 2, 2))
+        ]
     except (ValueError, OverflowError, TypeError, OSError):
         raise Rejected(f"published {str(value)[:40]!r} is no date; write it as 2026-03-12T06:30:00Z") from None
     if found[0].date() != found[1].date():
@@ -108,7 +113,11 @@ def article(row: object, columns: dict[str, str]) -> Article:
     title = plain(value["title"] or "", "title")[:500]
     source = plain(value["source"] or "", "source")[:200]
     title = title or text.split("\n")[0][:80]
-    return Article(title, text, link(value["url"]), moment(value["published"]), source)
+    try:
+        published, remark = moment(value["published"]), ""
+    except Rejected as error:  # no reason to do without the article
+        published, remark = None, str(error)
+    return Article(title, text, link(value["url"]), published, source, remark)
 
 
 class _Text(HTMLParser):
@@ -148,11 +157,14 @@ def feed_rows(data: bytes, name: str) -> Iterator[tuple[str, dict]]:
     feed = feedparser.parse(BytesIO(data))  # bytes in a file object: a string might be taken for an address
     if not feed.version:
         raise UserError(f"{name}: neither RSS nor Atom: {feed.get('bozo_exception') or 'no feed in it'}")
+    own = [one.get("href", "") for one in feed.feed.get("links", []) if one.get("rel") == "self"]
+    base = next(filter(link, [*own, feed.feed.get("link")]), "")  # for links that say only where on the site they lead
     for number, entry in enumerate(feed.entries, 1):
         body = entry.content[0].value if entry.get("content") else entry.get("summary", "")
         date = entry.get("published") or entry.get("updated")
         title = html.unescape(text_of(entry.get("title", "")))
-        row = {"title": title, "text": text_of(body), "url": entry.get("link"), "published": date}
+        url = urllib.parse.urljoin(base, entry.get("link", ""))
+        row = {"title": title, "text": text_of(body), "url": url, "published": date}
         yield f"{name}, entry {number}", {**row, "source": feed.feed.get("title", "")}
 
 
@@ -192,8 +204,8 @@ def rows(path: Path) -> Iterator[tuple[str, object]]:
 def add(database: Database, embedder: Embedder, batch: list[Article]) -> Counter:
     """Put articles into the collection, in one transaction; an article that is there changes nothing.
 
-    One with a known URL and another text takes the old one's place. One with a known title and text under another URL is
-    the same article.
+    One with a known URL and another text takes the old one's place. One with a known title and text under another URL
+    is the same article.
 
     Returns:
         how many are "new", "changed" or "known", and the "passages" written.
@@ -224,9 +236,12 @@ def add(database: Database, embedder: Embedder, batch: list[Article]) -> Counter
                 continue
             gone = connection.execute("DELETE FROM articles WHERE url = %s RETURNING id", [entry.url]).fetchone()
             counts["changed" if gone else "new"] += 1
-            insert = "INSERT INTO articles (url, hash, title, text, source, published) VALUES (%s, %s, %s, %s, %s, %s) RETURNING id"
-            values = [entry.url, entry.hash, entry.title, entry.text, entry.source, entry.published]
-            ids.append(connection.execute(insert, values).fetchone()["id"])
+            written = connection.execute(
+                "INSERT INTO articles (url, hash, title, text, source, published) VALUES (%s, %s, %s, %s, %s, %s) "
+                "RETURNING id",
+                [entry.url, entry.hash, entry.title, entry.text, entry.source, entry.published],
+            )
+            ids.append(written.fetchone()["id"])
         values = [
             (ids[at], start, stop, fresh[at].published, fresh[at].title, fresh[at].text[start:stop], vector)
             for (at, start, stop), vector in zip(pieces, vectors)
@@ -237,9 +252,9 @@ def add(database: Database, embedder: Embedder, batch: list[Article]) -> Counter
             connection.execute(
                 "INSERT INTO chunks (article, start, stop, published, words, embedding) "
                 "SELECT article, start, stop, published, "
-                "setweight(to_tsvector('english', title), 'A') || setweight(to_tsvector('english', body), 'B'), embedding "
-                "FROM unnest(%s::bigint[], %s::int[], %s::int[], %s::timestamptz[], %s::text[], %s::text[], %s::vector[]) "
-                "AS new (article, start, stop, published, title, body, embedding)",
+                "setweight(to_tsvector('english', title), 'A') || setweight(to_tsvector('english', body), 'B'), "
+                "embedding FROM unnest(%s::bigint[], %s::int[], %s::int[], %s::timestamptz[], %s::text[], %s::text[], "
+                "%s::vector[]) AS new (article, start, stop, published, title, body, embedding)",
                 [list(column) for column in zip(*values)],
             )
         return counts
@@ -270,12 +285,14 @@ def prepare(database: Database, embedder: Embedder) -> None:
     if here and (here["embedding model"], here["dimension"]) != (embedder.name, str(embedder.dimension)):
         raise UserError(
             f"the collection was embedded by {here['embedding model']} ({here['dimension']} numbers a passage), not by "
-            f"{embedder.name} ({embedder.dimension}): give --embedding-model {here['embedding model']}, or ingest into another "
-            f"database (--data)"
+            f"{embedder.name} ({embedder.dimension}): give --embedding-model {here['embedding model']}, or ingest into "
+            f"another database (--data)"
         )
 
 
-def ingest(database: Database, embedder: Embedder, paths: list[str], columns: dict[str, str], batch_size: int = 64) -> Counter:
+def ingest(
+    database: Database, embedder: Embedder, paths: list[str], columns: dict[str, str], batch_size: int = 64
+) -> Counter:
     """Read files and add their articles, with a progress bar; rows that cannot be used are named and left out.
 
     Killed at any moment, it can be started again: each batch is there as a whole or not at all.
@@ -293,6 +310,10 @@ def ingest(database: Database, embedder: Embedder, paths: list[str], columns: di
                     if isinstance(row, Rejected):
                         raise row
                     batch.append(article(row, columns))
+                    if batch[-1].remark:
+                        counts["undated"] += 1
+                        if counts["undated"] <= 5:
+                            bar.write(f"without a date: {where}: {batch[-1].remark}")
                 except Rejected as error:
                     counts["left out"] += 1
                     if counts["left out"] <= 5:

@@ -38,7 +38,7 @@ class Passage:
 
 
 def _within(since: datetime | None, until: datetime | None) -> tuple[sql.Composable, list]:
-    """The filter by date as SQL: from `since` on, before `until`. Without one, the planner may use the vector index alone."""
+    """The filter by date as SQL: from `since` on, before `until`; TRUE leaves the vector index alone."""
     parts, values = [sql.SQL("TRUE")], []
     for word, value in ((">=", since), ("<", until)):
         if value is not None:
@@ -88,8 +88,8 @@ def by_text(
     # first the sum of the weights that a passage has, which needs no positions; then BM25 for the best of them
     scored = sql.SQL(
         "WITH matching AS MATERIALIZED ("
-        "  SELECT id, words FROM chunks WHERE words @@ array_to_string(ARRAY(SELECT quote_literal(unnest(%s::text[]))), ' | ')::tsquery "
-        "  AND {}),"
+        "  SELECT id, words FROM chunks WHERE words @@ "
+        "  array_to_string(ARRAY(SELECT quote_literal(unnest(%s::text[]))), ' | ')::tsquery AND {}),"
         "weights AS (SELECT * FROM unnest(%s::text[], %s::float8[]) AS w (lexeme, idf)),"
         "best AS (SELECT id, words FROM matching ORDER BY "
         "  (SELECT sum(idf) FROM weights WHERE words @@ quote_literal(lexeme)::tsquery) DESC, id LIMIT %s),"
@@ -105,7 +105,7 @@ def by_text(
 
 
 def fuse(*rankings: list[int]) -> dict[int, float]:
-    """Reciprocal rank fusion: id -> sum of 1 / (60 + rank), rank from 1, best first; equal sums by the first ranking."""
+    """Reciprocal rank fusion: id -> sum of 1 / (60 + rank), best first; ties in the order of the first ranking."""
     scores = {}
     for ranking in rankings:
         for rank, one in enumerate(ranking, 1):
@@ -134,7 +134,8 @@ def search(
         scores = fuse(*rankings)
         idf = {lexeme: found[0] for lexeme, found in lexemes.items()}
         rows = connection.execute(
-            "SELECT c.id AS chunk, c.article, c.start, c.stop, a.title, substr(a.text, c.start + 1, c.stop - c.start) AS text, "
+            "SELECT c.id AS chunk, c.article, c.start, c.stop, a.title, "
+            "substr(a.text, c.start + 1, c.stop - c.start) AS text, "
             "a.url, a.source, a.published, 1 - (c.embedding <=> %s) AS similarity, "
             "(SELECT coalesce(sum(idf), 0) FROM unnest(%s::text[], %s::float8[]) AS w (lexeme, idf) "
             " WHERE c.words @@ quote_literal(lexeme)::tsquery) AS matched "

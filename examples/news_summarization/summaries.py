@@ -14,7 +14,7 @@ from embedding import Embedder
 from retrieval import Passage
 from texts import Cited, cite, content_words, marked, prompt_of, sentences
 
-ROOM = 512  # tokens of a prompt for the extractive summariser's record of it, so that it can train a T5
+ROOM = 1024  # tokens of a prompt when no model says how many it can have: five passages
 MOST_NEW = 128  # tokens of a summary
 
 
@@ -37,7 +37,7 @@ def relevant(passages: Sequence[Passage]) -> bool:
     return any(p.similarity >= NEAR or (p.similarity >= FAIR and p.coverage >= COVERED) for p in passages)
 
 
-NEAR, FAIR, COVERED = 0.45, 0.30, 0.60
+NEAR, FAIR, COVERED = 0.50, 0.30, 0.40
 
 
 class Extractive:
@@ -49,12 +49,12 @@ class Extractive:
         self.embedder, self.words, self.most = embedder, words, most
 
     def prompt(self, query: str, passages: Sequence[Passage]) -> tuple[str, int]:
-        """What a model would have been given, and of how many passages."""
+        """What a model would have been given, from which it can learn to write such extracts, and how many passages."""
         return prompt_of(query, [(p.title, p.text) for p in passages], ROOM, self.embedder.lengths)
 
     def write(self, query: str, passages: Sequence[Passage]) -> list[Summary]:
-        """Two summaries, or one where they are the same: the sentences nearest to the question, and one sentence from each
-        article in the order of their dates."""
+        """Two summaries, of which the readers choose: the sentences nearest to the question, and one sentence from each
+        article in the order of their dates; where these are the same, the nearest alone. Or one, of one sentence."""
         pieces = []
         for number, passage in enumerate(passages, 1):
             for span in sentences(passage.text):
@@ -68,11 +68,15 @@ class Extractive:
         near, alike = vectors[1:] @ vectors[0], vectors[1:] @ vectors[1:].T
         first = self._pick(pieces, near, alike)
         second = self._spread(pieces, near, alike, passages)
-        found = [Summary([Cited(pieces[at][1], [pieces[at][0]]) for at in chosen], self.name) for chosen in (first, second)]
-        return found if second and sorted(first) != sorted(second) else found[:1]
+        if sorted(first) == sorted(second):
+            second = [max(first, key=lambda at: near[at])]
+        found = [
+            Summary([Cited(pieces[at][1], [pieces[at][0]]) for at in chosen], self.name) for chosen in (first, second)
+        ]
+        return found if sorted(first) != sorted(second) else found[:1]
 
     def _pick(self, pieces, near: np.ndarray, alike: np.ndarray) -> list[int]:
-        """Maximal marginal relevance (Carbonell and Goldstein 1998): near to the question, unlike what is there already."""
+        """Maximal marginal relevance (Carbonell and Goldstein 1998): near to the question, unlike what is there."""
         chosen, words = [], 0
         while len(chosen) < self.most:
             scores = near - 0.5 * np.max(alike[:, chosen], axis=1, initial=0.0)
@@ -101,7 +105,7 @@ class Extractive:
 
 
 class Written:
-    """By a causal or encoder-decoder model. What no passage supports is left out; if nothing is left, extracts stand in."""
+    """By a causal or encoder-decoder model. What no passage supports is left out; extracts stand in for nothing."""
 
     def __init__(self, path: str, name: str, embedder: Embedder):
         """Load a model and its tokenizer by path or hub id.
@@ -113,11 +117,18 @@ class Written:
             config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            self.model = kind.from_pretrained(path, dtype=torch.float32 if not torch.cuda.is_available() else torch.bfloat16)
+            self.model = kind.from_pretrained(
+                path, dtype=torch.float32 if not torch.cuda.is_available() else torch.bfloat16
+            )
         except Exception as error:
             raise UserError(f"model {path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.path, self.name, self.seq2seq, self.extractive = path, name, config.is_encoder_decoder, Extractive(embedder)
+        self.path, self.name, self.seq2seq, self.extractive = (
+            path,
+            name,
+            config.is_encoder_decoder,
+            Extractive(embedder),
+        )
         text = config.get_text_config()
         window = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or ROOM
         window = min(window, self.tokenizer.model_max_length, 4096)
@@ -126,7 +137,11 @@ class Written:
 
     def count(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
+        return (
+            [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+            if texts
+            else []
+        )
 
     def prompt(self, query: str, passages: Sequence[Passage]) -> tuple[str, int]:
         """What the model is given, and of how many passages."""
@@ -147,11 +162,18 @@ class Written:
         """Two summaries: the likeliest output and a sampled one, each with extracts in its place if nothing holds."""
         prompt, used = self.prompt(query, passages)
         texts = [f"{p.title}. {p.text}" for p in passages[:used]]
-        outputs = [self.generate(prompt, do_sample=False, num_beams=1), self.generate(prompt, do_sample=True, temperature=0.9, top_k=50)]
+        outputs = [
+            self.generate(prompt, do_sample=False, num_beams=1),
+            self.generate(prompt, do_sample=True, temperature=0.9, top_k=50),
+        ]
         found = [Summary(cited, self.name) for output in outputs if (cited := cite(output, texts))]
         if len({summary.text for summary in found}) == 2:
             return found
-        extracts = [s for s in self.extractive.write(query, passages[:used] or passages) if s.text not in {f.text for f in found}]
+        extracts = [
+            s
+            for s in self.extractive.write(query, passages[:used] or passages)
+            if s.text not in {f.text for f in found}
+        ]
         return (found[:1] + extracts)[:2]
 
 

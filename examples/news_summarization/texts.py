@@ -27,8 +27,8 @@ def sentences(text: str) -> list[Span]:
 
 
 def split(text: str, size: int, count: Callable[[list[str]], list[int]], overlap: int = 1) -> list[Span]:
-    """Passages of whole sentences with at most `size` tokens, each beginning with the last `overlap` sentences of the one
-    before, where they fit. A longer sentence is cut between words.
+    """Passages of whole sentences with at most `size` tokens, each beginning with the last `overlap` sentences of the
+    one before, where they fit. A longer sentence is cut between words.
 
     Args:
         count: how many tokens each of some texts has.
@@ -66,7 +66,9 @@ def _cut(text: str, unit: Span, size: int, count) -> list[Span]:
     return _cut(text, Span(unit.start, cut), size, count) + _cut(text, Span(rest, unit.stop), size, count)
 
 
-def prompt_of(query: str, passages: Sequence[tuple[str, str]], room: int, count: Callable[[list[str]], list[int]]) -> tuple[str, int]:
+def prompt_of(
+    query: str, passages: Sequence[tuple[str, str]], room: int, count: Callable[[list[str]], list[int]]
+) -> tuple[str, int]:
     """What a model is given: the question and numbered passages (title, text), as many as fit into `room` tokens.
 
     The first passage that does not fit is cut after a whole sentence, where one fits.
@@ -101,11 +103,11 @@ def passages_of(prompt: str) -> list[str]:
 
 MARK = re.compile(r"\s*\[(\d{1,3})\]")
 STOPWORDS = frozenset(
-    "a about after again all also am an and any are as at be because been before being between both but by can could did "
-    "do does doing down during each few for from further had has have having he her here hers him his how i if in into is "
-    "it its just me more most my no nor not now of off on once only or other our out over own said same say says she "
-    "should so some such than that the their them then there these they this those through to too under until up very "
-    "was we were what when where which while who whom why will with would you your".split()
+    "a about after again all also am an and any are as at be because been before being between both but by can "
+    "could did do does doing down during each few for from further had has have having he her here hers him his "
+    "how i if in into is it its just me more most my no nor not now of off on once only or other our out over own "
+    "said same say says she should so some such than that the their them then there these they this those through "
+    "to too under until up very was we were what when where which while who whom why will with would you your".split()
 )
 
 
@@ -158,8 +160,8 @@ def parse(summary: str) -> list[Cited]:
 def cite(summary: str, passages: Sequence[str], threshold: float = SUPPORTED) -> list[Cited]:
     """The sentences of a model's summary that passages support, each with its citations.
 
-    A mark `[n]` that the model wrote stays if passage n supports the sentence; without such, the passage that supports it
-    best is cited. What no passage supports is left out.
+    A mark `[n]` that the model wrote stays if passage n supports the sentence; without such, the passage that supports
+    it best is cited. What no passage supports is left out.
     """
     found = []
     for text, marks in parse(summary):

@@ -49,16 +49,16 @@ def ask(database, prompt, summaries, chosen=None, made=0):
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def test_export_is_what_was_chosen(empty, tmp_path):
+def test_export_is_what_was_chosen(database, tmp_path):
     """Chosen and rejected by hand, in the order of the choices; what says nothing is left out; dpo.py reads it."""
-    later = ask(empty, "p2\u2028é", [("A. [1]", "version 1"), ("B. [2]", "extractive")], 1, made=7)
-    first = ask(empty, "p1", [("C. [1] [2]", "version 1"), ("D. [1]", "version 2")], 0, made=3)
-    ask(empty, "p3", [("same", "version 1"), ("same", "extractive")], 0)
-    ask(empty, "p4", [("alone", "extractive")], 0)
-    ask(empty, "p5", [("E", "version 1"), ("F", "version 1")])
+    later = ask(database, "p2\u2028é", [("A. [1]", "version 1"), ("B. [2]", "extractive")], 1, made=7)
+    first = ask(database, "p1", [("C. [1] [2]", "version 1"), ("D. [1]", "version 2")], 0, made=3)
+    ask(database, "p3", [("same", "version 1"), ("same", "extractive")], 0)
+    ask(database, "p4", [("alone", "extractive")], 0)
+    ask(database, "p5", [("E", "version 1"), ("F", "version 1")])
     path = tmp_path / "pairs.jsonl"
     path.write_text("old")
-    assert learn.export(empty, path) == 2
+    assert learn.export(database, path) == 2
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] == [
         {"prompt": "p1", "chosen": "C. [1] [2]", "rejected": "D. [1]", "ask": first,
          "made": "2026-03-12T12:03:00+00:00", "chosen_model": "version 1", "rejected_model": "version 2"},
@@ -72,7 +72,7 @@ def test_export_is_what_was_chosen(empty, tmp_path):
         (["p2\u2028é", "B. [2]"], ["p2\u2028é", "A. [1]"]),
     ]
     with pytest.raises(UserError, match="cannot be written"):
-        learn.export(empty, tmp_path / "no" / "pairs.jsonl")
+        learn.export(database, tmp_path / "no" / "pairs.jsonl")
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
@@ -236,9 +236,9 @@ class Twice:
 
 
 @pytest.mark.parametrize("kind", [lambda database: database, Twice])
-def test_registry(empty, tmp_path, kind):
+def test_registry(database, tmp_path, kind):
     """What is served is the last activation that was not undone, also when each answer is lost once."""
-    db = kind(empty)
+    db = kind(database)
     assert learn.active(db) is None and learn.versions(db) == []
     paths = [str(tmp_path / name) for name in "abc"]
     for path in paths:
@@ -304,12 +304,12 @@ def settings(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(database, tmp_path_factory):
+def trained(opened, tmp_path_factory):
     """A training that was killed within dpo.py and run again: what the first said, and what the second returned."""
     folder = tmp_path_factory.mktemp("trained")
     tables = "asks, choices, ratings, models, activations"
-    database.run(lambda connection: connection.execute(f"TRUNCATE {tables} RESTART IDENTITY"))
-    choices(database)
+    opened.run(lambda connection: connection.execute(f"TRUNCATE {tables} RESTART IDENTITY"))
+    choices(opened)
     given, children, real = settings(folder), [], subprocess.Popen
 
     def remembered(command, **options):
@@ -326,8 +326,8 @@ def trained(database, tmp_path_factory):
         patch.setattr(learn.subprocess, "Popen", remembered)
         threading.Thread(target=kill, daemon=True).start()
         with pytest.raises(UserError) as stopped:
-            learn.train(database, **given)
-        found = learn.train(database, **given)
+            learn.train(opened, **given)
+        found = learn.train(opened, **given)
     return given, str(stopped.value), found, [child.args for child in children]
 
 
@@ -394,12 +394,12 @@ def test_measures_are_those_of_single_rows(trained):
     np.testing.assert_allclose(mean["margin"], 0.1 * (gain[:, 0] - gain[:, 1]), atol=1e-4)
 
 
-def test_training_learns_what_readers_chose(trained, database):
+def test_training_learns_what_readers_chose(trained, opened):
     """Held-out accuracy is above chance, and every figure is what plain transformers or a loop gives."""
     given, _, found, _ = trained
     report, run = found["report"], found["folder"]
-    assert found["served"] and learn.active(database)["version"] == found["version"] == 1
-    row = learn.active(database)
+    assert found["served"] and learn.active(opened)["version"] == found["version"] == 1
+    row = learn.active(opened)
     assert row["path"] == f"{run}/dpo/model" and row["base"] == given["from_config"] and row["report"] == report
     assert report["accuracy"][1] > 0.5 and report["accuracy"][0] > 0.9
     held = read_rows(f"{run}/data/held_pairs.jsonl", "")
@@ -473,27 +473,27 @@ def test_before_and_after_are_told_apart(trained, monkeypatch):
     assert alone["rouge"] is None and len(alone["outputs"]) == len(data[0])
 
 
-def test_a_finished_training_is_only_registered(trained, empty, capsys, monkeypatch):
+def test_a_finished_training_is_only_registered(trained, database, capsys, monkeypatch):
     """Nothing is run again. A worse model is registered and not served; one that was rolled back stays so."""
     given, _, found, _ = trained
-    choices_again(empty, found)
+    choices_again(database, found)
     monkeypatch.setattr(learn.subprocess, "Popen", None)
     path = f"{found['folder']}/report.json"
     before = open(path).read()
     try:
-        again = learn.train(empty, **given)
+        again = learn.train(database, **given)
         assert again == {**found, "report": json.loads(before)} and "done before" in capsys.readouterr().out
-        assert learn.rollback(empty) is None
-        assert not learn.train(empty, **given)["served"] and "`news.py use 1`" in capsys.readouterr().out
-        empty.run(lambda connection: connection.execute("TRUNCATE models, activations RESTART IDENTITY"))
+        assert learn.rollback(database) is None
+        assert not learn.train(database, **given)["served"] and "`news.py use 1`" in capsys.readouterr().out
+        database.run(lambda connection: connection.execute("TRUNCATE models, activations RESTART IDENTITY"))
         with open(path, "w") as file:
             json.dump({**json.loads(before), "accuracy": [0.2, 0.1, 0.3]}, file)
-        bad = learn.train(empty, **given)
+        bad = learn.train(database, **given)
         said = capsys.readouterr().out.splitlines()[-1]
         assert said == "version 1 is not served: it prefers what readers rejected; `news.py use 1` serves it"
-        assert not bad["served"] and learn.active(empty) is None and len(learn.versions(empty)) == 1
-        learn.activate(empty, 1)
-        assert learn.active(empty)["path"] == f"{found['folder']}/dpo/model"
+        assert not bad["served"] and learn.active(database) is None and len(learn.versions(database)) == 1
+        learn.activate(database, 1)
+        assert learn.active(database)["path"] == f"{found['folder']}/dpo/model"
     finally:
         with open(path, "w") as file:
             file.write(before)
@@ -546,9 +546,9 @@ def test_questions_are_on_one_side(tmp_path):
     assert [len(data[name]) for name in ("pairs", "held_pairs", "summaries", "held_summaries")] == [90, 10, 37, 3]
 
 
-def test_mistakes_are_one_line(empty, tmp_path):
+def test_mistakes_are_one_line(database, tmp_path):
     """What is missing, how much, and what to do."""
-    ask(empty, "p", [("A", "x"), ("B", "y")], 0)
+    ask(database, "p", [("A", "x"), ("B", "y")], 0)
     given = settings(tmp_path)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "Text.", "chosen": "A"}\n')
@@ -564,8 +564,8 @@ def test_mistakes_are_one_line(empty, tmp_path):
         ({"needed": 1, "sft_flags": "--epochs x"}, "sft.py: .*epochs"),
     ):
         with pytest.raises(UserError, match=message):
-            learn.train(empty, **{**given, **change})
-    assert learn.versions(empty) == []
+            learn.train(database, **{**given, **change})
+    assert learn.versions(database) == []
 
 
 def test_commands_are_shown_logged_and_told_to_end(tmp_path, monkeypatch, capsys):
