@@ -21,7 +21,7 @@ import dpo
 import evaluation
 import learn
 import texts
-from benchmarks.pair_accuracy import interval
+from benchmarks.pair_accuracy import interval, measures
 from common.cli import UserError, parse
 from common.data import read_rows
 from common.models import load_lm, load_tokenizer
@@ -92,7 +92,7 @@ ARTICLE = {
     "article": "The river Wen rose by 3 metres in Arden on Monday. Two bridges were closed by the police. "
     "The mayor opened a school for families without power. Trains to Brill stopped until Friday morning.",
     "summary": "The river Wen rose by 3 metres in Arden.\nThe river rose by 4 metres.\nThe mayor opened a school. "
-    "Trains to Brill stopped. A minister promised money.",
+    "Trains to Brill stopped. The police closed a museum and a mill. A minister promised money.",
 }
 COUNT = learn.counter(None)
 
@@ -113,13 +113,13 @@ def test_articles_become_prompts_and_cited_summaries(monkeypatch):
     assert found["completion"] == (
         "The river Wen rose by 3 metres in Arden. [1] The mayor opened a school. [2] Trains to Brill stopped. [3]"
     )
-    assert found["left_out"] == 2 and found["reference"] == ARTICLE["summary"]
+    assert found["left_out"] == 3 and found["reference"] == ARTICLE["summary"]
     assert texts.passages_of(found["prompt"]) == [f"{title}: {text}" for title, text in passages]
     # what was cut away, or does not fit, is neither cited nor written
     room = COUNT([found["prompt"].split(" [2] ")[0]])[0]
     assert learn.example(ARTICLE, COUNT, room)["completion"] == "The river Wen rose by 3 metres in Arden. [1]"
     cut = learn.example(ARTICLE, COUNT, room - 1)
-    assert cut["prompt"].endswith("on Monday.") and cut["left_out"] == 4
+    assert cut["prompt"].endswith("on Monday.") and cut["left_out"] == 5
     assert learn.example(ARTICLE, COUNT, 500, most=22)["completion"].endswith("opened a school. [2]")
     # a tokenizer that is named counts, and so does the room
     monkeypatch.setenv("NEWS_ROOM", str(room - 1))
@@ -299,7 +299,7 @@ def settings(folder):
         "summaries": str(folder / "summaries.jsonl"), "max_length": 120, "max_new_tokens": 40, "save_every": 2,
         # --format: what has been converted stays as it is, and learn.py can be loaded by a script of the repository
         "sft_flags": f"{flags} --learning-rate 5e-3 --epochs 25 --format {learn.__file__}:article_row",
-        "dpo_flags": f"{flags} --learning-rate 2e-4 --epochs 6 --beta 0.5 --sft-coef 1",
+        "dpo_flags": f"{flags} --learning-rate 2e-4 --epochs 6 --sft-coef 1",
     }  # fmt: skip
 
 
@@ -350,6 +350,50 @@ def test_a_killed_training_goes_on(trained, tmp_path):
     assert log.count("$ ") == 3 and f"step {steps[-1]}/{steps[-1]}" in log
 
 
+def single_rows(path, rows):
+    """Log-probs (M, 2) of chosen and rejected by the T5 at a path, each row alone."""
+    tokenizer, model, sums = load_tokenizer(path), load_lm(path), []
+    for row in rows:
+        ids = [tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "chosen", "rejected")]
+        labels = [torch.tensor([[*side, tokenizer.eos_token_id]]) for side in ids[1:]]
+        losses = [model(input_ids=torch.tensor(ids[:1]), labels=side).loss.item() for side in labels]
+        sums.append([-loss * side.shape[1] for loss, side in zip(losses, labels)])
+    return np.array(sums)
+
+
+def test_measures_are_those_of_single_rows(trained):
+    """Accuracies and margin of pairs that are right and wrong, of prompts that come again after others."""
+    run, rng = trained[2]["folder"], random.Random(4)
+    rows = []
+    for number in range(24):
+        sides = [
+            " ".join(rng.choice(CITIES + ["storm", "Trains", "[1]"]) for _ in range(rng.randint(1, 6))) for _ in "ab"
+        ]
+        rows.append({"prompt": story(number % 5)["article"], "chosen": sides[0], "rejected": sides[1] + "."})
+    paths = [f"{run}/{name}/model" for name in ("sft", "dpo")]
+    args = dpo.Args(max_length=300, beta=0.3)
+    values, groups = measures(paths[1], paths[0], dpo.load_pairs(rows, None, "--pairs", None), args)
+    order = [number for prompt in range(5) for number in range(prompt, 24, 5)]
+    assert groups.tolist() == [number % 5 for number in order]
+    before, after = (single_rows(path, [rows[number] for number in order]) for path in paths)
+    lengths = np.array(
+        [[len(load_tokenizer(paths[0])(rows[n][side])["input_ids"]) for side in ("chosen", "rejected")] for n in order]
+    )
+    gain = after - before
+    expected = {"implicit reward": gain, "log pi": after, "log pi_ref": before, "longer output": lengths}
+    expected = {f"accuracy of {'' if 'log' in name else 'the '}{name}": (x[:, 0] > x[:, 1]) + 0.5 * (x[:, 0] == x[:, 1])
+                for name, x in expected.items()}  # fmt: skip
+    for name, each in (expected | {"margin": 0.3 * (gain[:, 0] - gain[:, 1])}).items():
+        np.testing.assert_allclose(values[name], each, atol=1e-3, err_msg=name)
+    right, *others = [each.tolist() for each in expected.values()]
+    assert right not in others and all(0 < sum(each) < 24 for each in (right, *others))
+    mean = measures(
+        paths[1], paths[0], dpo.load_pairs(rows, None, "--pairs", None), dpo.Args(max_length=300, loss="ipo")
+    )[0]
+    gain = gain / (lengths + 1)
+    np.testing.assert_allclose(mean["margin"], 0.1 * (gain[:, 0] - gain[:, 1]), atol=1e-4)
+
+
 def test_training_learns_what_readers_chose(trained, opened):
     """Held-out accuracy is above chance, and every figure is what plain transformers or a loop gives."""
     given, _, found, _ = trained
@@ -362,26 +406,17 @@ def test_training_learns_what_readers_chose(trained, opened):
     trained_on = read_rows(f"{run}/data/pairs.jsonl", "")
     assert len(held) + len(trained_on) == 60 and report["pairs"] == len(held) == report["prompts"]
     assert [row["ask"] for row in trained_on + held if row["chosen"].startswith("Trains")] == []
-    # accuracy and margin, row by row
-    tokenizer, sums = load_tokenizer(f"{run}/dpo/model"), {}
-    for name in ("sft", "dpo"):
-        model = load_lm(f"{run}/{name}/model")
-        for side in ("chosen", "rejected"):
-            for number, pair in enumerate(held):
-                ids = [tokenizer(pair[key], add_special_tokens=False)["input_ids"] for key in ("prompt", side)]
-                labels = torch.tensor([[*ids[1], tokenizer.eos_token_id]])
-                loss = model(input_ids=torch.tensor([ids[0]]), labels=labels).loss.item()
-                sums[name, side, number] = -loss * labels.shape[1]
-    gain = {(side, n): sums["dpo", side, n] - sums["sft", side, n] for _, side, n in sums}
-    margins = [0.5 * (gain["chosen", n] - gain["rejected", n]) for n in range(len(held))]
-    assert report["margin"][0] == pytest.approx(np.mean(margins), rel=1e-3)
-    assert report["accuracy"][0] == pytest.approx(np.mean([margin > 0 for margin in margins]))
+    sums = {name: single_rows(f"{run}/{name}/model", held) for name in ("sft", "dpo")}
+    gain = sums["dpo"] - sums["sft"]
+    assert report["margin"][0] == pytest.approx(0.1 * (gain[:, 0] - gain[:, 1]).mean(), rel=1e-3)
+    assert report["accuracy"][0] == pytest.approx((gain[:, 0] > gain[:, 1]).mean())
     last = json.loads(open(f"{run}/dpo/metrics.jsonl").readlines()[-1])
     assert report["margin"][0] == pytest.approx(last["eval/margin"], rel=1e-3)
     # outputs, greedy; ROUGE and its paired difference; citations
     samples = read_rows(f"{run}/samples.jsonl", "")
     references = read_rows(f"{run}/data/held_summaries.jsonl", "")
     assert [row["reference"] for row in samples] == [row["reference"] for row in references] and samples
+    tokenizer = load_tokenizer(f"{run}/dpo/model")
     for name, key in (("sft", "before"), ("dpo", "after")):
         ids = tokenizer(samples[0]["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
         plain = load_lm(f"{run}/{name}/model").generate(ids, max_new_tokens=40, do_sample=False)
@@ -549,14 +584,11 @@ def test_commands_are_shown_logged_and_told_to_end(tmp_path, monkeypatch, capsys
     shown = capsys.readouterr().out
     assert f"é --x 1 2 --output-dir {tmp_path}/dpo --resume auto\nerror: bad\n" in shown
     assert shown == (tmp_path / "log.txt").read_text(encoding="utf-8") and "'1 2'" in shown
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell has not
     with pytest.raises(KeyboardInterrupt):
         learn._command("dpo.py", [saved, "wait"], tmp_path, 1)
+    signal.signal(signal.SIGINT, before)
     assert os.path.exists(saved) and capsys.readouterr().out.endswith("saved\n")
     (tmp_path / "dpo" / "model").mkdir(parents=True)
     learn._command("dpo.py", ["wait"], tmp_path, 1)
     assert "done before" in capsys.readouterr().out
-
-
-def test_signals_are_pythons_own():
-    """Ctrl-C raises KeyboardInterrupt here, as the test above needs."""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
