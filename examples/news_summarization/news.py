@@ -225,16 +225,16 @@ class Train(Common):
     processes: int = 1
     """of torchrun, for each script"""
     sft_flags: str = ""
-    """further flags of sft.py, as one would type them: "--learning-rate 1e-4 --epochs 2\""""
+    """further flags of sft.py in one word: --sft-flags="--learning-rate 1e-4 --epochs 2\""""
     dpo_flags: str = ""
-    """further flags of dpo.py"""
+    """the same for dpo.py"""
 
     def run(self) -> None:
-        """Train, and print the report."""
+        """Train; learn.train prints the report, and whether the model is served."""
         import learn
 
         with self.open() as database:
-            found = learn.train(
+            learn.train(
                 database,
                 Path(self.data) / "models",
                 base=self.model,
@@ -252,11 +252,6 @@ class Train(Common):
                 sft_flags=self.sft_flags,
                 dpo_flags=self.dpo_flags,
             )
-        print(f"version {found['version']}: {learn.summary(found['report'])}")
-        if found["served"]:
-            print("it is served from now on; `news.py rollback` takes it back")
-        else:
-            print(f"it is worse, and not served; `news.py use {found['version']}` would serve it anyway")
 
 
 @dataclass
