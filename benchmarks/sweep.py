@@ -110,6 +110,8 @@ def read_sweep(path: str) -> Sweep:
         if type(value) is not kinds[key]:
             raise UserError(f"{path}: {key}: is {value!r}; it must be {names[kinds[key]]}")
     sweep = Sweep(**{"name": Path(path).stem, **found})
+    sweep.flags, sweep.grid = ({str(flag).replace("_", "-"): value for flag, value in part.items()}
+                               for part in (sweep.flags, sweep.grid))
     drawn = sweep.method == "random"
     rules = [(key, not getattr(sweep, key), "is missing") for key in ("script", "metric", "seeds")] + [
         ("goal", sweep.goal not in ("maximize", "minimize"), "must be maximize or minimize"),
@@ -185,7 +187,6 @@ def to_words(flags: dict) -> list[str]:
     """Flags as words of a command line."""
     words = []
     for name, value in flags.items():
-        name = str(name).replace("_", "-")
         values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
         words += [f"--no-{name}" if value is False else f"--{name}", *map(str, values)]
     return words
@@ -208,9 +209,9 @@ def plan(sweep: Sweep, path: str) -> tuple[list[dict], list[Run]]:
     script = load_script(sweep.script)
     known = [flag.name.replace("_", "-") for flag in fields(script.Args)]
     for where, flag in [*(("flags", flag) for flag in sweep.flags), *(("grid", flag) for flag in sweep.grid)]:
-        if str(flag).replace("_", "-") not in known:
+        if flag not in known:
             raise UserError(f"{path}: {where}: no flag of {sweep.script} is called '{flag}'{hint(flag, known)}")
-        if str(flag).replace("-", "_") in OWN:
+        if flag.replace("-", "_") in OWN:
             raise UserError(f"{path}: {where}: {flag} is not for sweeps, which set it themselves")
     settings, runs, seen = [], [], []
     for setting in settings_of(sweep):

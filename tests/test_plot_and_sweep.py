@@ -205,6 +205,7 @@ class Args:
     wide: bool = False
     names: list[str] = field(default_factory=list)
     nap: float = 0.0
+    metric: str | None = None
     config: str | None = None
     seed: int = 1
     output_dir: str | None = None
@@ -334,14 +335,16 @@ def test_ctrl_c_lets_runs_save_and_the_same_command_resumes_them(here, capsys):
         yaml.safe_dump({**BASIC, **keys}, file, sort_keys=False)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, so it is in children
     process = subprocess.Popen([sys.executable, str(ROOT / "benchmarks/sweep.py"), "s.yaml", "--jobs", "2"],
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     signal.signal(signal.SIGINT, handler)
     deadline = time.time() + 60
     logs = [here / f"runs/sweeps/s/rate=0.5,seed={seed}/metrics.jsonl" for seed in (1, 2)]
     while not all(log.exists() and log.read_text() for log in logs) and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert "sweep.py: interrupted with 0 of 3 runs finished; the same command goes on" in process.communicate()[1]
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all that share a session with the sweep
+    out, err = process.communicate()
+    assert "sweep.py: interrupted with 0 of 3 runs finished; the same command goes on" in err
+    assert "ending 2 runs" in out and "failed" not in out
     assert process.returncode == 130 and not attempts("rate=0.5", 3)
     assert all((log.parent / "checkpoint").exists() for log in logs)
     assert swept(**keys, jobs=3) == 0
@@ -369,22 +372,22 @@ class Child:
 
 
 def test_so_many_at_a_time():
-    running, most, slots = set(), [], []
+    running, begun = {}, []
 
     def begin(run, slot):
-        running.add(run)
-        most.append(len(running))
-        slots.append(slot)
-        assert len(slots) < 3 or slot in (0, 1)
+        assert slot in (0, 1) and slot not in running.values()
+        running[run] = slot
+        begun.append((run, len(running)))
         return Child(code=run)
 
     def end(run, code, told):
-        running.remove(run)
+        del running[run]
         assert code == run and not told
 
     before = signal.getsignal(signal.SIGTERM)
     assert sweep.run_all([1, 2, 3, 4, 5], 2, begin, end) == []
-    assert max(most) == 2 and len(most) == 5 and slots[:2] == [0, 1] and signal.getsignal(signal.SIGTERM) == before
+    assert [run for run, _ in begun] == [1, 2, 3, 4, 5] and max(count for _, count in begun) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_stops_the_sweep_ends_its_runs():
@@ -441,7 +444,7 @@ def test_metric_that_only_the_first_run_shows_to_be_none(here):
     ("processes: -1", ["processes: "]), ("name: ../x", ["name: "]), ("flags: [a]", ["flags: is", "'flag: value'"]),
     ("grid: {a: 3}", ["grid: a: must be a list"]), ("grid: {a: []}", ["grid: a: must be a list"]),
     ("grid: {a: {min: 1, max: 2}}", ["grid: a: must be a list"]),
-    ("{flags: {a: 1}, grid: {a: [1]}}", ["grid: a: stands in flags"]),
+    ("{flags: {a_b: 1}, grid: {a-b: [1]}}", ["grid: a-b: stands in flags"]),
     ("{method: random, runs: 1, grid: {a: {min: 2, max: 1}}}", ["grid: a: must be {min"]),
     ("{method: random, runs: 1, grid: {a: {min: 0, max: 1, log: true}}}", ["grid: a: must be {min"]),
     ("{method: random, runs: 1, grid: {a: {min: 0}}}", ["grid: a: must be {min"]),
@@ -459,10 +462,11 @@ def test_flags_are_checked_before_anything_runs(here):
     refused(["s.yaml: flags: ", "'rat'", "'rate'"], lambda: swept(flags={"rat": 1}))
     refused(["s.yaml: grid: ", "'moed'", "'mode'"], lambda: swept(grid={"moed": [1]}))
     for own in ("seed", "output_dir", "resume"):
-        refused([f"flags: {own} is not for sweeps"], lambda: swept(flags={own: 1}))
+        refused([f"flags: {own.replace('_', '-')} is not for sweeps"], lambda: swept(flags={own: 1}))
     refused(["rate=x", "--rate"], lambda: swept(grid={"rate": [1, "x"]}))
     refused(["rate=-1", "must be 0 or more"], lambda: swept(grid={"rate": [1, -1]}))
     refused(["metric: ", "eval/scroe", "did you mean 'score'"], lambda: swept(metric="eval/scroe"))
+    assert swept(metric="eval/qqq", flags={"metric": "own.py:function"}, dry_run=True) == 0  # which may log just that
     refused(["script: gone.py"], lambda: swept(script="gone.py"))
     refused(["--jobs 0"], lambda: swept(jobs=0))
     refused(["gone.yaml: No such file"], sweep.main, sweep.Args("gone.yaml"))
@@ -479,13 +483,13 @@ def test_real_scripts_and_their_metrics(here):
             "sft.py": ("eval/perplexity", "loss/lm", "seconds")}.items():
         for metric in metrics:
             sweep.check_metric(sweep.Sweep(script=str(ROOT / script), metric=metric), "s.yaml")
-    grid = sweep.Sweep(str(ROOT / "ppo.py"), "eval/reward", [5], grid={"kl_coef": [0.5]}, name="n")
+    grid = sweep.Sweep(str(ROOT / "ppo.py"), "eval/reward", [5], grid={"kl-coef": [0.5]}, name="n")
     (setting,), (run,) = sweep.plan(grid, "s.yaml")
-    assert setting == {"kl_coef": 0.5} and run.words[:4] == ["--kl-coef", "0.5", "--seed", "5"]
+    assert setting == {"kl-coef": 0.5} and run.words[:4] == ["--kl-coef", "0.5", "--seed", "5"]
     assert run.settings["kl_coef"] == 0.5 and run.settings["total_episodes"] == 20480
     assert not {"seed", "output_dir", "resume"} & run.settings.keys()
     grid.flags = {"batch-size": 512}
-    refused(["kl_coef=0.5", "--batch-size 512"], sweep.plan, grid, "s.yaml")
+    refused(["kl-coef=0.5", "--batch-size 512"], sweep.plan, grid, "s.yaml")
 
 
 def test_settings(here, capsys):
