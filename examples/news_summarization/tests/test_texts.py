@@ -112,6 +112,8 @@ def test_citations_are_checked_and_given():
     # a mark belongs to the sentence before it, not to those before that one
     both = cite("The bridge opened. Fog stopped the ferry. [1]", passages)
     assert both == [Cited("The bridge opened.", [2]), Cited("Fog stopped the ferry.", [1])]
+    same = "The bridge opened after fog stopped the ferry."
+    assert [one.citations for one in cite("The bridge opened. Fog stopped the ferry. [2]", [same, same])] == [[1], [2]]
     assert cite("", passages) == cite("[1]", passages) == cite("The bridge opened.", []) == []
 
 
