@@ -58,7 +58,7 @@ class Ask(Strict):
     query: Annotated[str, StringConstraints(min_length=1, max_length=500)]
     k: Annotated[int, Field(ge=1, le=20, strict=True)] = 5
     since: Annotated[date | None, Field(alias="from")] = None
-    until: Annotated[date | None, Field(alias="to")] = None
+    until: Annotated[date | None, Field(alias="to", lt=date.max)] = None  # which has no day after it
 
 
 class Choice(Strict):
