@@ -136,7 +136,9 @@ def answer(database: Database, embedder: Embedder, summariser, query: str, k: in
     else:
         prompt, used = summariser.prompt(query, passages)
         summaries = [{**asdict(s), "text": s.text} for s in summariser.write(query, passages[:used])]
-        random.shuffle(summaries)  # or what readers like of the left side would be taken for what they like of a model
+        # by chance, or what readers like of the left side would be taken for what they like of a model; but a page that
+        # is loaded again shows the same
+        random.Random(query).shuffle(summaries)
         for summary in summaries:
             summary["sentences"] = [
                 {"text": text, "citations": list(numbers)} for text, numbers in summary["sentences"]

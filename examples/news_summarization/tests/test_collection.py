@@ -366,10 +366,10 @@ def test_a_narrow_date_filter_over_many_passages(database, embedder):
         rng = np.random.default_rng(0)
         connection.execute(
             "INSERT INTO articles (hash, title, text, source, published) SELECT sha256(n::text::bytea), 'T', 'x', '', "
-            "CASE WHEN n % 500 = 0 THEN '2026-01-01' ELSE '2020-01-01' END::timestamptz FROM generate_series(1, 1500) n"
+            "CASE WHEN n % 250 = 0 THEN '2026-01-01' ELSE '2020-01-01' END::timestamptz FROM generate_series(1, 1500) n"
         )
         vectors = rng.standard_normal((1500, 384)).astype(np.float32)
-        vectors[499::500, 0] = -20  # far from the question, unlike the others
+        vectors[249::250, 0] = -20  # far from the question, unlike the others
         vectors[:, 0] += 10
         connection.execute(
             "INSERT INTO chunks (article, start, stop, published, words, embedding) "

@@ -136,8 +136,17 @@ def test_days_are_included_at_both_ends(client):
     assert not late["answered"] and late["message"] == "The collection has no article between these dates."
 
 
-def test_neither_kind_of_summary_stands_always_on_one_side(client):
-    assert len({ask(client)["summaries"][0]["text"] for _ in range(30)}) == 2
+def test_neither_kind_of_summary_stands_always_on_one_side(client, ours, embedder):
+    rows = map(json.loads, (HERE / "questions.jsonl").read_text().splitlines())
+    sides = []
+    for question in [row["question"] for row in rows if row["urls"]][:12]:
+        found = ask(client, question)["summaries"]
+        _, used = Extractive(embedder).prompt(question, passages := search(ours, embedder, question, 5))
+        written = [summary.text for summary in Extractive(embedder).write(question, passages[:used])]
+        assert {summary["text"] for summary in found} == set(written)
+        sides.append(found[0]["text"] == written[0])
+        assert ask(client, question)["summaries"] == found  # but always on the same for one question
+    assert 2 <= sum(sides) <= 10
 
 
 def test_answers_are_kept_as_they_were_shown(client, ours):
@@ -510,9 +519,15 @@ def news(*words, **options):
         (["serve", "--prot", "1"], "error: unknown flag --prot; did you mean --port?"),
     ],
 )
-def test_mistakes_on_the_command_line(words, line):
-    done = news(*words)
-    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
+def test_mistakes_on_the_command_line(words, line, monkeypatch, capsys):
+    import news as commands
+
+    monkeypatch.setattr(sys, "argv", ["news.py", *words])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        commands.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(line) and said.count("\n") == 1
 
 
 def test_a_server_of_ones_own(ours):
