@@ -406,7 +406,6 @@ class Slow(Extractive):
     def __init__(self, embedder):
         super().__init__(embedder)
         self.go, self.running, self.most, self._lock = threading.Event(), 0, 0, threading.Lock()
-        self.words, self.most_words = 80, 80
 
     def write(self, query, passages):
         with self._lock:
