@@ -1,0 +1,304 @@
+"""What breaks when it is wrong: faults that others had, or that are easily made, each as a change of a line or two of
+a script (or a flag), and their effect on random walks against the script as it is, over the same seeds and graphs.
+
+    OMP_NUM_THREADS=1 python benchmarks/ablations.py --script ppo.py [--faults NAME ...] [--seeds 1 2 3 4 5] [--jobs 2]
+    python benchmarks/ablations.py --diff NAME       # the change, to make it yourself
+    python benchmarks/ablations.py --write           # the tables of docs/, from benchmarks/results/ablations.json
+
+Runs go on where they were interrupted: what stands in the results is not run again. Each runs in a copy of the scripts
+and common/, so that the checkout stays as it is.
+"""
+
+import difflib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from plot import interval  # noqa: E402
+
+from common.cli import UserError, leave, parse  # noqa: E402
+from common.randomwalks import cloned_walker, random_walks, tokenizer  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/ablations.json"
+
+
+@dataclass
+class Args:
+    """Faults of a script and their effect. The head of ablations.py explains it."""
+
+    script: str = ""
+    """ppo.py, sft.py, ilql.py or dpo.py"""
+    faults: list[str] = field(default_factory=list)
+    """which ones; none: all of the script"""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """each with a graph of its own"""
+    jobs: int = 1
+    """runs at the same time"""
+    diff: str = ""
+    """print what this fault changes, and end"""
+    write: bool = False
+    """write the tables into docs/, and end"""
+
+
+class Fault(NamedTuple):
+    """A change of the code: (file, old text, new text), each found once; or flags; or both."""
+
+    name: str
+    where: str  # the function that is changed
+    what: str  # what is wrong, and who had it
+    edits: list[tuple[str, str, str]] = []
+    flags: str = ""
+
+
+# What a run of each script is given, and which numbers of its last line are watched beside optimality
+BASE = {"ppo.py": "--reward randomwalks --total-episodes 10240 --eval-every 1000",
+        "sft.py": "--eval-every 1000",
+        "ilql.py": "--beta 100 --eval-every 1000",
+        "dpo.py": "--dataset randomwalks --eval-every 1000"}
+WATCHED = {"ppo.py": ["eval/invalid", "eval/length", "rollout/kl", "value/explained_variance"],
+           "sft.py": ["eval/invalid", "eval/length", "eval/loss"],
+           "ilql.py": ["eval/invalid", "value/q", "value/v", "loss/q"],
+           "dpo.py": ["eval/invalid", "eval/length", "eval/accuracy", "eval/margin", "eval/kl"]}
+LOAD = ("common/models.py", "return auto.from_pretrained(path, dtype=torch.float32, **NO_CODE).eval()",
+        "return auto.from_pretrained(path, dtype=torch.float32, **NO_CODE).train()")
+FAULTS = {
+    "ppo.py": [
+        Fault("score-late", "`token_rewards`, `gae`", "the score two tokens behind the last one, where padding is, as "
+              "trlX has it: it reaches the output only through lambda squared", [
+                  ("ppo.py", "last = mask.long().sum(1) - 1", "last = (mask.sum(1) + 1).clamp(max=mask.shape[1] - 1)"),
+                  ("ppo.py", "following = (delta + gamma * lam * following) * mask[:, t]",
+                   "following = delta + gamma * lam * following")]),
+        Fault("end-untrained", "`train`", "the end token has no gradient, as in trlX where pad and EOS are one token: "
+              "when to stop is not learned", [
+                  ("ppo.py", 'data["advantages"] = whiten(advantages, mask)',
+                   'data["advantages"] = whiten(advantages, mask) * (torch.arange(mask.shape[1]) < mask.sum(1)[:, None]'
+                   " - torch.tensor(finished)[:, None].long())")]),
+        Fault("value-late", "`gae`", "the value of the state after each token in place of the one before it", [
+            ("ppo.py", 'gae(rewards, data["values"], mask', 'gae(rewards, data["values"].roll(-1, 1), mask')]),
+        Fault("not-whitened", "`whiten`", "advantages as they come", [
+            ("ppo.py", 'data["advantages"] = whiten(advantages, mask)', 'data["advantages"] = advantages')]),
+        Fault("whitened-with-padding", "`whiten`", "mean and variance over padding too, as in trlX", [
+            ("ppo.py", 'data["advantages"] = whiten(advantages, mask)',
+             'data["advantages"] = whiten(advantages, torch.ones_like(mask))')]),
+        Fault("rewards-shifted", "`whiten`", "`--whiten-rewards` that shifts the mean: each token is paid, or fined, "
+              "for being there", [("ppo.py", "whiten(rewards, mask, shift_mean=False)", "whiten(rewards, mask)")],
+              "--whiten-rewards"),
+        Fault("mean-of-means", "`add_gradient`", "a mean over each micro-batch, and then over micro-batches: a token "
+              "of a short output weighs more, and the memory you have decides by how much", [
+                  ("ppo.py", "(loss * world / tokens).backward()",
+                   "(loss * world / inside.sum() * args.micro_batch_size / len(mine)).backward()")],
+              "--micro-batch-size 8"),
+        Fault("not-clipped", "`policy_loss`", "no clipping of the ratio", flags="--clip-range 1e9"),
+        Fault("no-kl", "`token_rewards`", "no KL penalty, trlX's own setting for this task", flags="--kl-coef 0"),
+        Fault("dropout", "`load_lm`", "dropout left on, as model classes come", [LOAD]),
+        Fault("temperature-forgotten", "`LanguageModel._score`", "outputs sampled at temperature 0.7 and scored at 1", [
+            ("common/models.py", "logprobs = rules(self.logits(states), previous, index).log_softmax(-1)",
+             "logprobs = self.logits(states).float().log_softmax(-1)")], "--temperature 0.7"),
+        Fault("reference-short", "`build`", "a reference without its first block, as trlX makes when no layers are "
+              "frozen", [("ppo.py", "lora, twin = load_lm(path), None, None",
+                          "lora, twin = load_lm(path), None, load_lm(path); del twin.transformer.h[0]")])],
+    "sft.py": [
+        Fault("end-untrained", "`make_examples`", "the end token is not trained, as with trlX's texts and wherever "
+              "pads are masked by id and pad is EOS", [
+                  ("sft.py", "trained = bytes(map(bool, example.trained))",
+                   'trained = bytes(map(bool, example.trained))[:-1] + b"\\0"')]),
+        Fault("not-shuffled", "`train`", "rows in the order of the file, as in trlX; here they come sorted", [
+            ("sft.py", "batch = [examples[shuffled(place, len(examples), args.seed)] for place in places]",
+             "batch = [sorted(examples)[place % len(examples)] for place in places]")]),
+        Fault("shifted", "`LanguageModel.forward`", "the log-prob of a token from the state that has read it", [
+            ("common/models.py", "states, previous, targets = hidden[rows, columns], ids",
+             "states, previous, targets = hidden[rows, columns + 1], ids")]),
+        Fault("rows-not-apart", "`micro_batches`", "rows that share a line see each other: positions that do not start "
+              "again", [("sft.py", "[[i for part in line for i in range(len(part.prompt) + len(part.output))] "
+                         "for line in chosen]", "[list(range(len(output))) for output in outputs]")],
+              "--packing rows"),
+        Fault("mean-of-means", "`batch_loss`", "a mean over each micro-batch, and then over micro-batches", [
+            ("sft.py", "(loss * world / tokens).backward()",
+             "(loss * world / len(weight) * micro_batch_size / len(examples)).backward()")], "--micro-batch-size 5"),
+        Fault("dropout", "`untrained_walker`", "dropout left on, in training and in sampling", [
+            ("common/randomwalks.py", "pad_token_id=codec.pad_token_id)).eval()",
+             "pad_token_id=codec.pad_token_id)).train()")])],
+    "ilql.py": [
+        Fault("targets-once-a-pass", "`train`", "targets follow once a pass over the data, as in trlX since 2023",
+              flags="--sync-every 10"),
+        Fault("targets-never", "`train`", "they never do, as in trlX's sentiment example, whose passes are longer than "
+              "its run's checks", flags="--sync-every 100000"),
+        Fault("next-state-early", "`transitions`", "Q regresses to the value of the state the action was taken in", [
+            ("ilql.py", "next_state += [*range(first + 1, first + len(item.actions)), beyond if goes_on else 0]",
+             "next_state += [*range(first, first + len(item.actions) - 1), beyond if goes_on else 0]")]),
+        Fault("no-terminal", "`td_targets`", "the last action is bootstrapped too, from some other row's state", [
+            ("ilql.py", "return rewards + gamma * next_values.detach() * ~terminal",
+             "return rewards + gamma * next_values.detach()")]),
+        Fault("expectile-turned", "`expectile_loss`", "the weights the other way round: V is the worst of the data", [
+            ("ilql.py", "torch.where(u < 0, 1 - tau, tau)", "torch.where(u < 0, tau, 1 - tau)")]),
+        Fault("larger-q", "`ilql_loss`, `steer`", "the larger of the two Qs", [
+            ("ilql.py", '[:, 0] for name in q_names(out)]).amin(0)', '[:, 0] for name in q_names(out)]).amax(0)'),
+            ("ilql.py", "(states) for name in names]).amin(0)", "(states) for name in names]).amax(0)")]),
+        Fault("no-cql", "`cql_loss`", "nothing lowers Q of tokens that the data does not have", flags="--cql-scale 0")],
+    "dpo.py": [
+        Fault("no-reference", "`pair_loss`", "log-probs of the policy alone", [
+            ("dpo.py", "preference_loss(policy, reference, args)",
+             "preference_loss(policy, torch.zeros_like(reference), args)")]),
+        Fault("reference-moves", "`load_models`", "the reference shares the weights that are trained, as the upper "
+              "blocks of trlX's do when no layers are frozen", [
+                  ("dpo.py", "reference = prepare(frozen(twin, dtype), dtype, device, **options) if twin else model",
+                   "reference = model")]),
+        Fault("means", "`pair_loss`", "log-probs averaged over an output's tokens, not summed",
+              flags="--logprobs mean"),
+        Fault("end-untrained", "`make_pairs`", "without the end token in either output", flags="--no-train-eos"),
+        Fault("no-sft", "`pair_loss`", "the paper's loss alone, without the chosen output's likelihood",
+              flags="--sft-coef 0"),
+        Fault("dropout", "`load_lm`", "dropout left on", [LOAD])],
+}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def changed(fault: Fault) -> dict[str, tuple[str, str]]:
+    """Of each file that the fault changes, the text before and after. Raises UserError where the code has moved on."""
+    texts = {}
+    for file, old, new in fault.edits:
+        before, after = texts.get(file) or ((ROOT / file).read_text(),) * 2
+        if after.count(old) != 1:
+            raise UserError(f"{fault.name}: {file} has '{old}' {after.count(old)} times, not once; mend the fault")
+        texts[file] = before, after.replace(old, new)
+    return texts
+
+
+def run(script: str, fault: Fault, seed: int, work: Path) -> dict:
+    """One run in a copy of the code: the watched numbers of its last line, or the line with which it was refused."""
+    folder = work / f"{script}-{fault.name}-{seed}"
+    shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / script, folder)
+    for file, (_, after) in changed(fault).items():
+        (folder / file).write_text(after)
+    words = [*BASE[script].split(), *fault.flags.split(), "--seed", str(seed), "--output-dir", "run"]
+    if script in ("ppo.py", "dpo.py"):
+        words += ["--model", str(work / f"start-{seed}")]
+    done = subprocess.run([sys.executable, script, *words], cwd=folder, capture_output=True, text=True)
+    made = {"script": script, "fault": fault.name, "seed": seed}
+    if done.returncode:
+        made["refused"] = done.stderr.strip().splitlines()[-1]
+    else:
+        last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+        made |= {name: round(last[name], 5) for name in ["eval/optimality", *WATCHED[script]]}
+    shutil.rmtree(folder)
+    return made
+
+
+def run_all(args: Args) -> None:
+    """All runs that the results do not have yet, each written down as it ends."""
+    if args.script not in FAULTS:
+        raise UserError(f"--script {args.script}: must be one of {', '.join(FAULTS)}")
+    faults = {fault.name: fault for fault in [Fault("as it is", "", ""), *FAULTS[args.script]]}
+    for name in args.faults:
+        if name not in faults:
+            raise UserError(f"--faults {name}: {args.script} has {', '.join(faults)}")
+    rows = read_results()
+    known = {(row["script"], row["fault"], row["seed"]) for row in rows}
+    wanted = [(fault, seed) for seed in args.seeds for name, fault in faults.items()
+              if name in (args.faults or faults) and (args.script, name, seed) not in known]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    lock = threading.Lock()
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
+        for seed in {seed for _, seed in wanted} if args.script in ("ppo.py", "dpo.py") else ():
+            cloned_walker(random_walks(seed), seed).save_pretrained(f"{work}/start-{seed}")
+            tokenizer().save_pretrained(f"{work}/start-{seed}")
+
+        def one(fault: Fault, seed: int) -> None:
+            row = run(args.script, fault, seed, Path(work)) | {"commit": commit.strip()}
+            with lock:
+                rows.append(row)
+                rows.sort(key=lambda row: (row["script"], row["fault"], row["seed"]))
+                RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                print(row, flush=True)
+
+        for future in [pool.submit(one, *each) for each in wanted]:
+            future.result()
+
+
+def read_results() -> list[dict]:
+    """The rows of the results, one a run."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
+
+
+def page(script: str, rows: list[dict]) -> str:
+    """The faults of a script and the table of their effects, in Markdown."""
+    watched, lines = WATCHED[script], []
+    for fault in FAULTS[script]:
+        flags = f" `{fault.flags}`" if fault.flags else ""
+        lines.append(f"- **{fault.name}** ({fault.where}){flags}: {fault.what}.")
+    runs = {name: {row["seed"]: row for row in rows if (row["script"], row["fault"]) == (script, name)}
+            for name in ["as it is", *(fault.name for fault in FAULTS[script])]}
+    base = runs["as it is"]
+    lines += ["", f"| change | optimality | difference (95 % interval) | {' | '.join(watched)} |",
+              "|---|---|---|" + "---|" * len(watched)]
+    for name, found in runs.items():
+        if not found:
+            continue
+        refused = sorted({row["refused"] for row in found.values() if "refused" in row})
+        if refused:
+            message = refused[0].removeprefix("error: ").removeprefix(f"{script}: ")
+            cells = [f"refused at the start: \"{message}\"", *[""] * (len(watched) + 1)]
+        else:
+            numbers = {key: [row[key] for row in found.values()] for key in ["eval/optimality", *watched]}
+            gaps = [row["eval/optimality"] - base[seed]["eval/optimality"] for seed, row in found.items()]
+            gap, spread = interval(gaps)
+            gap = "" if name == "as it is" else f"{gap:+.3f} ({gap - spread:+.3f} to {gap + spread:+.3f})"
+            cells = [f"{mean(numbers['eval/optimality']):.3f}", gap, *(f"{mean(numbers[key]):.3g}" for key in watched)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_pages() -> None:
+    """Put the tables between the marks that docs/SCRIPT.md has for them."""
+    for script in FAULTS:
+        path = ROOT / "docs" / f"{script.removesuffix('.py')}.md"
+        text = path.read_text()
+        head, rest = text.split("<!-- faults: by benchmarks/ablations.py --write -->\n")
+        _, tail = rest.split("<!-- end -->")
+        path.write_text(f"{head}<!-- faults: by benchmarks/ablations.py --write -->\n{page(script, read_results())}\n"
+                        f"<!-- end -->{tail}")
+
+
+def show(name: str) -> None:
+    """Print what a fault changes, as a diff and flags."""
+    found = [(script, fault) for script, faults in FAULTS.items() for fault in faults if fault.name == name]
+    if not found:
+        raise UserError(f"--diff {name}: no fault is called so")
+    for script, fault in found:
+        print(f"{script} {fault.flags}".strip())
+        for file, (before, after) in changed(fault).items():
+            print("".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), file, file, n=1)))
+
+
+def main() -> None:
+    """Run, show or write, as the flags say."""
+    try:
+        args = parse(Args)
+        if args.diff:
+            show(args.diff)
+        elif args.write:
+            write_pages()
+        else:
+            run_all(args)
+    except UserError as error:
+        leave(2, str(error))
+
+
+if __name__ == "__main__":
+    main()
