@@ -61,10 +61,10 @@ class Fault(NamedTuple):
 
 
 # What a run of each script is given, and which numbers of its last line are watched beside optimality
-BASE = {"ppo.py": "--reward randomwalks --total-episodes 10240 --eval-every 1000",
+BASE = {"ppo.py": "--reward randomwalks --total-episodes 5120 --eval-every 1000",
         "sft.py": "--eval-every 1000",
         "ilql.py": "--beta 100 --eval-every 1000",
-        "dpo.py": "--dataset randomwalks --eval-every 1000"}
+        "dpo.py": "--dataset randomwalks --epochs 2 --eval-every 1000"}
 WATCHED = {"ppo.py": ["eval/invalid", "eval/length", "rollout/kl", "value/explained_variance"],
            "sft.py": ["eval/invalid", "eval/length", "eval/loss"],
            "ilql.py": ["eval/invalid", "value/q", "value/v", "loss/q"],
