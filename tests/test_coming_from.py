@@ -115,6 +115,19 @@ def test_our_flags_exist():
     assert count > 300  # a table that is read wrongly has none
 
 
+def test_our_defaults_are_those_told():
+    """A last cell that begins with a number tells the default of its row's first flag, unless it is SFT's alone."""
+    count = 0
+    for heading, (scripts, rows) in [*sections(TRLX).items(), *sections(TRL).items()]:
+        for _, ours, more in rows:
+            told = re.match(r"(-?\d[\d.]*(?:e-\d+)?)(?:$|[ ,;](?!in SFT))", more)
+            for script, flag, _ in flags(ours, scripts)[: len(scripts) if told else 0]:
+                count += 1
+                default = getattr(importlib.import_module(script[:-3]).Args(), flag[2:].replace("-", "_"))
+                assert float(told[1]) == default, f"{heading}: {script} {flag} is {default}"
+    assert count > 20
+
+
 def test_commands_parse():
     """Each command of a code block, by the script's own parser."""
     commands = re.findall(r"^(?:python|torchrun) .*?\b(\w+)\.py (.*)$", TEXT.replace("\\\n", " "), re.M)
