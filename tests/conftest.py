@@ -122,7 +122,8 @@ def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **
 
 
 def documented_metrics(script: str) -> set[str]:
-    """The metrics in the README's table of `script`, under its heading "What SCRIPT logs"."""
-    section = (ROOT / "README.md").read_text().split(f"## What {script} logs")[1].split("\n## ")[0]
+    """The metrics in the table of the page of `script`, under its heading "What it logs"."""
+    page = (ROOT / "docs" / script.replace(".py", ".md")).read_text()
+    section = page.split("\n## What it logs\n")[1].split("\n## ")[0]
     cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
     return {name for cell in cells for name in re.findall(r"`([a-z_/0-9]+)`", cell)}

@@ -1,4 +1,4 @@
-"""What holds for all scripts together: no dead flags, no drifted copies, a README whose commands exist."""
+"""What holds for all scripts together: no dead flags, no drifted copies, pages whose commands exist."""
 
 import ast
 import re
@@ -59,12 +59,23 @@ def test_scripts_do_not_import_each_other():
                 assert not found & names, f"{script} imports {found & names}"
 
 
-def test_readme_commands_use_flags_that_exist():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def commands_of(script: str, text: str) -> list[str]:
+    """What follows `script` in the commands of a page, those in blocks and those between backticks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans
+    starts = rf"(?:^|\s)(?:\S*python[\d.]*|\S*torchrun(?:\s+--[\w-]+\s+\S+)*)\s+{re.escape(script)}(?!\S)(.*)"
+    words = (re.search(starts, re.split(r"#|&&", part)[0], re.S)
+             for line in lines for part in re.split(r"(?<=&&)", line.removeprefix("$ ")))
+    return [found[1] for found in words if found]
+
+
+def test_commands_of_the_readme_and_of_the_docs_use_flags_that_exist():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for script in SCRIPTS:
-        names = {"--" + name.replace("_", "-") for name in args_of(script)}
-        commands = re.findall(rf"^\s*(?:\S+ )*(?:python|torchrun)\S* .*?\b{script}(.*)$", text, re.M)
-        assert commands, f"README: no command of {script}"
-        for command in commands:
-            for flag in re.findall(r"(?<= )--[a-z][a-z-]*", re.split(r"#|&&", command)[0]):
-                assert flag in names, f"README: {script} has no flag {flag}"
+        names = {"--" + name.replace("_", "-") for name in args_of(script)} | {"--help"}
+        commands = [(page.name, command) for page in pages for command in commands_of(script, page.read_text())]
+        assert commands, f"no page has a command of {script}"
+        for page, command in commands:
+            for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
+                assert flag in names, f"{page}: {script} has no flag {flag}"

@@ -1,0 +1,140 @@
+"""The pages of docs/: their examples run, their links lead somewhere, their exercises still fit the code."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablations  # noqa: E402
+
+SCRIPTS = ["ppo.py", "sft.py", "ilql.py", "dpo.py"]
+HEADINGS = ["Use", "The code in order", "What it logs", "What breaks when it is wrong", "Results",
+            "Differences from the papers"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+def page(script: str) -> str:
+    """The text of a script's page."""
+    return (ROOT / "docs" / script.replace(".py", ".md")).read_text()
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under `## heading`."""
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def examples(text: str) -> list[str]:
+    """The Python blocks that are meant to be run: they begin with an import of a script, and assert something."""
+    names = "|".join(script.removesuffix(".py") for script in SCRIPTS)
+    return [code for language, code in FENCE.findall(text)
+            if language == "python" and re.match(rf"(from|import) ({names})\b", code) and "assert" in code]
+
+
+def links(text: str) -> list[tuple[str, str]]:
+    """Words and target of each link and picture outside of code and formulas, but for those to other sites."""
+    prose = re.sub(r"\$\$.*?\$\$", "", FENCE.sub("", text), flags=re.S)
+    return [link for link in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose) if not re.match(r"\w+:", link[1])]
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Links to files and headings that do not exist."""
+    broken = []
+    for _, link in links(text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text if not path else target.read_text()), re.M)
+            if anchor not in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]:
+                broken.append(link)
+    return broken
+
+
+def defined(path: Path) -> set[str]:
+    """Functions, classes, methods (CLASS.METHOD) and constants of a module."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def missing_functions(page: Path, text: str) -> list[str]:
+    """Names in backticks that link to a module which does not have them."""
+    missing = []
+    for words, link in links(text):
+        name = re.fullmatch(r"`([A-Za-z_][\w.]*?)(\(\))?`", words)
+        if name and link.endswith(".py") and not name[1].endswith(".py") and (page.parent / link).exists():
+            missing += [f"{name[1]} of {link}"] if name[1] not in defined(page.parent / link) else []
+    return missing
+
+
+def faults_block(script: str, text: str) -> str:
+    """What stands between the marks of the table of faults."""
+    return text.split("<!-- faults: by benchmarks/ablations.py --write -->\n")[1].split("<!-- end -->")[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pages_have_the_same_headings(script):
+    text = FENCE.sub("", page(script))
+    assert re.findall(r"^# (.*)$", text, re.M) == [script.removesuffix(".py").upper()]
+    assert re.findall(r"^## (.*)$", text, re.M) == HEADINGS
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_examples_come_out_as_written(path):
+    codes = examples(path.read_text())
+    assert codes or path.stem + ".py" not in SCRIPTS, f"{path.name} has no example that runs"
+    for code in codes:
+        exec(compile(code, path.name, "exec"), {})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files_headings_and_functions_that_exist(path):
+    text = path.read_text()
+    assert not broken_links(path, text)
+    assert not missing_functions(path, text)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_line_numbers_and_formulas_that_markdown_leaves_alone(script):
+    text = FENCE.sub("", page(script))
+    assert not re.search(r"\.py:\d+|\.py#L\d+", text)
+    for formula in re.findall(r"\$\$(.*?)\$\$", text, re.S):
+        assert not re.search(r"\\[^a-zA-Z\s]", formula), f"Markdown takes the backslash from {formula}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_of_faults_is_that_of_the_results(script):
+    """`python benchmarks/ablations.py --write` writes it."""
+    assert faults_block(script, page(script)).strip() == ablations.page(script, ablations.read_results()).strip()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_walk_through_the_code_names_every_fault_and_no_other(script):
+    """Words in bold and lower case are names of exercises."""
+    bold = set(re.findall(r"\*\*([a-z]+(?:-[a-z]+)*)\*\*", section(page(script), "The code in order")))
+    assert bold == {fault.name for fault in ablations.FAULTS[script]}
+
+
+@pytest.mark.parametrize("script,fault", [(script, fault) for script in SCRIPTS for fault in ablations.FAULTS[script]],
+                         ids=lambda value: getattr(value, "name", value))
+def test_exercises_fit_the_code(script, fault):
+    """What a fault changes is there, once, the changed code compiles, its flags exist, and so does the function."""
+    assert ablations.changed(fault) or fault.flags
+    for file, (before, after) in ablations.changed(fault).items():
+        assert before != after
+        compile(after, file, "exec")
+    known = {path: defined(path) for path in [ROOT / script, *(ROOT / "common").glob("*.py")]}
+    for name in re.findall(r"`([\w.]+)`", fault.where):
+        assert any(name in names for names in known.values()), f"{fault.name}: no function {name}"
