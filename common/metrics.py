@@ -175,8 +175,8 @@ class RunLog:
             self._write(name, "".join(lines))
             if name == "metrics.jsonl" and lines:
                 self.start -= json.loads(lines[-1])["seconds"]
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, initial=step, dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty(),
+                        bar_format="step {n_fmt}/{total_fmt} |{bar:5}| {elapsed}<{remaining}{postfix}")
         if track:
             self.wandb = _Wandb(name=os.path.basename(folder), dir=folder, config=dataclasses.asdict(args))
 
@@ -205,8 +205,14 @@ class RunLog:
         if self.wandb:
             self.wandb.work.put(lambda _, run: run.log(row, step=step))
         self.bar.n = step
-        line = "  ".join(f"{name.rsplit('/', 1)[-1]} {values[name]:.3g}" for name in show if name in values)
-        self.bar.set_postfix_str(line)
+        shown = [f"{name.rsplit('/', 1)[-1]} {values[name]:.3g}" for name in show if name in values]
+        line = "  ".join(shown)
+        clock = "0:00:00" if row["seconds"] * self.bar.total > 3600 * max(1, step) else "00:00"
+        head = f"step {step}/{self.bar.total} |12345| {clock}<{clock}, "
+        room = shutil.get_terminal_size((100, 24)).columns - len(head)
+        while shown and len("  ".join(shown)) >= room:  # whole metrics, as many as the terminal has room for
+            shown.pop()
+        self.bar.set_postfix_str("  ".join(shown))
         evaluated = any(name.startswith("eval/") for name in values)
         if self.bar.disable and (evaluated or step % max(1, self.bar.total // 100) == 0):
             print(f"step {step}/{self.bar.total}  {line}", flush=True)

@@ -478,12 +478,26 @@ def test_two_agents_as_two_machines(started, tmp_path):
     assert rows_of(tmp_path / "run")[1]["rollout/score"] == pytest.approx(rows_of(run)[1]["rollout/score"], rel=1e-5)
 
 
-def test_a_script_runs_when_copied_elsewhere_with_common(started, tmp_path):
-    shutil.copy(ROOT / "ppo.py", tmp_path)
+def test_a_script_runs_when_copied_elsewhere_with_common_and_changed(started, tmp_path):
+    """As docs/experiments.md says: another advantage by its diff, another reward in a file."""
+    page = (ROOT / "docs/experiments.md").read_text()
+    text = (ROOT / "ppo.py").read_text()
+    for hunk in re.search(r"```diff\n(.*?)```", page, re.S)[1].split("@@\n"):
+        before, after = ("".join(line[1:] + "\n" for line in hunk.splitlines() if line[:1] != other) for other in "+-")
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (tmp_path / "ppo.py").write_text(text)
+    (tmp_path / "reward.py").write_text(re.search(r"```python\n(# reward.py\n.*?)```", page, re.S)[1])
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    done = run_script("ppo.py", *ON_WALKS, "--model", str(started[0] / "start"), cwd=tmp_path)
+    done = run_script("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--prompts", str(prompts_file(tmp_path)),
+                      "--reward", "reward.py:short", "--max-new-tokens", "9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "ppo-start-1" / "model" / "config.json").exists()
+    changed = {}
+    exec(compile(text, "ppo.py", "exec"), changed)
+    rewards, mask = torch.tensor([[1.0, 0], [0, 5], [2, 2], [3, 0]]), torch.tensor([[1, 0], [1, 1], [1, 1], [1, 0]])
+    advantages = changed["leave_one_out"](rewards, [[4], [5], [4], [4]], mask.bool())
+    assert torch.allclose(advantages, torch.tensor([[1 - 3.5, 0], [0, 0], [4 - 2, 4 - 2], [3 - 2.5, 0]]))
 
 
 def test_a_failing_rank_takes_the_other_down_with_its_message(started, tmp_path):
