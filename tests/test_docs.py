@@ -1,12 +1,14 @@
 """The pages of docs/: their examples run, their links lead somewhere, their exercises still fit the code."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_repository import args_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations  # noqa: E402
@@ -56,6 +58,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     return broken
 
 
+@functools.cache
 def defined(path: Path) -> set[str]:
     """Functions, classes, methods (CLASS.METHOD) and constants of a module."""
     names = set()
@@ -135,6 +138,9 @@ def test_exercises_fit_the_code(script, fault):
     for file, (before, after) in ablations.changed(fault).items():
         assert before != after
         compile(after, file, "exec")
+    flags = {"--" + name.replace("_", "-") for name in args_of(script)}
+    for word in f"{ablations.BASE[script]} {fault.flags}".split():
+        assert not word.startswith("--") or {word, word.replace("--no-", "--", 1)} & flags, f"{script} has no {word}"
     known = {path: defined(path) for path in [ROOT / script, *(ROOT / "common").glob("*.py")]}
     for name in re.findall(r"`([\w.]+)`", fault.where):
         assert any(name in names for names in known.values()), f"{fault.name}: no function {name}"

@@ -1565,7 +1565,7 @@ def test_arguments_have_the_tasks_defaults():
 
 
 def test_the_command_alone(tmp_path):
-    """Random walks for two steps: what is logged is what the README says, what is written can be loaded."""
+    """Random walks for two steps: what is logged is what docs/ilql.md says, what is written can be loaded."""
     folder = tmp_path / "run"
     done = run_script("ilql.py", "--max-steps", "2", "--eval-samples", "1", "--output-dir", str(folder), "--batch-size",
                       "20", "--sync-every", "2")

@@ -125,8 +125,8 @@ def test_run_directory(model_path, tmp_path):
         assert output == tokenizer.decode(expected[0, ids.shape[1]:], skip_special_tokens=True)
 
 
-def test_metrics_are_those_of_the_readme(model_path, tmp_path):
-    """The README's table and the log hold the same names."""
+def test_metrics_are_those_of_the_docs(model_path, tmp_path):
+    """The table of docs/ppo.md and the log hold the same names."""
     args = ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **TINY)
     ppo.train(args, reward_fn=letters, prompts=PROMPTS)
     logged = set().union(*rows_of(tmp_path / "run"))

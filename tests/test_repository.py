@@ -78,4 +78,4 @@ def test_commands_of_the_readme_and_of_the_docs_use_flags_that_exist():
         assert commands, f"no page has a command of {script}"
         for page, command in commands:
             for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
-                assert flag in names, f"{page}: {script} has no flag {flag}"
+                assert {flag, flag.replace("--no-", "--", 1)} & names, f"{page}: {script} has no flag {flag}"
