@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import yaml
+from conftest import ROOT, documented_metrics
 from test_repository import args_of
+
+import ppo
+from common.cli import parse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations  # noqa: E402
+import sweep  # noqa: E402
 
 SCRIPTS = ["ppo.py", "sft.py", "ilql.py", "dpo.py"]
 HEADINGS = ["Use", "The code in order", "What it logs", "What breaks when it is wrong", "Results",
@@ -144,3 +149,31 @@ def test_exercises_fit_the_code(script, fault):
     known = {path: defined(path) for path in [ROOT / script, *(ROOT / "common").glob("*.py")]}
     for name in re.findall(r"`([\w.]+)`", fault.where):
         assert any(name in names for names in known.values()), f"{fault.name}: no function {name}"
+
+
+def yaml_block(name: str) -> str:
+    """The YAML block of docs/experiments.md whose first line names the file."""
+    blocks = FENCE.findall((ROOT / "docs/experiments.md").read_text())
+    return next(code for _, code in blocks if code.startswith(f"# {name}"))
+
+
+def test_the_sweep_of_the_page_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.yaml").write_text(yaml_block("sweep.yaml").replace("ppo.py", f"{ROOT}/ppo.py"))
+    settings, runs = sweep.plan(sweep.read_sweep("sweep.yaml"), "sweep.yaml")
+    assert len(settings) == 4 and len(runs) == 12
+
+
+def test_what_wandb_makes_of_its_file_are_flags_of_ours():
+    """wandb's own code turns the parameters of a run into words; the service chooses their values."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    file = yaml.safe_load(yaml_block("wandb.yaml"))
+    chosen = {name: {"value": space["values"][-1] if "values" in space else space["min"]}
+              for name, space in file["parameters"].items()}
+    words = create_sweep_command_args({"args": chosen})["args"]
+    command = [word for part in file["command"] for word in (words if part == "${args}" else [part])]
+    assert command[:2] == ["python", "${program}"] and file["program"] == "ppo.py"
+    args = parse(ppo.Args, ppo.preset, command[2:])
+    assert (args.learning_rate, args.kl_coef, args.seed, args.track, args.total_episodes) == (1e-5, 0.05, 3, True, 2560)
+    assert file["metric"]["name"] in documented_metrics("ppo.py")
