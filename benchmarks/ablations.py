@@ -11,11 +11,14 @@ and common/, so that the checkout stays as it is.
 
 import difflib
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from plot import interval  # noqa: E402
 
+import common.checkpoint  # noqa: E402, F401  with common.models: what all runs import, once
+import common.models  # noqa: E402, F401
 from common.cli import UserError, leave, parse  # noqa: E402
 from common.randomwalks import cloned_walker, random_walks, tokenizer  # noqa: E402
 
@@ -64,7 +69,7 @@ class Fault(NamedTuple):
 BASE = {"ppo.py": "--reward randomwalks --total-episodes 5120 --eval-every 1000",
         "sft.py": "--eval-every 1000",
         "ilql.py": "--beta 100 --eval-every 1000",
-        "dpo.py": "--dataset randomwalks --epochs 2 --eval-every 1000"}
+        "dpo.py": "--dataset randomwalks --epochs 1 --eval-every 1000"}
 WATCHED = {"ppo.py": ["eval/invalid", "eval/length", "rollout/kl", "value/explained_variance"],
            "sft.py": ["eval/invalid", "eval/length", "eval/loss"],
            "ilql.py": ["eval/invalid", "value/q", "value/v", "loss/q"],
@@ -131,8 +136,8 @@ FAULTS = {
     "ilql.py": [
         Fault("targets-once-a-pass", "`train`", "targets follow once a pass over the data, as in trlX since 2023",
               flags="--sync-every 10"),
-        Fault("targets-never", "`train`", "they never do, as in trlX's sentiment example, whose passes are longer than "
-              "its run's checks", flags="--sync-every 100000"),
+        Fault("targets-never", "`train`", "they never do, as in trlX's sentiment example, which looks after each pass "
+              "whether the steps so far are a multiple of 5", flags="--sync-every 100000"),
         Fault("next-state-early", "`transitions`", "Q regresses to the value of the state the action was taken in", [
             ("ilql.py", "next_state += [*range(first + 1, first + len(item.actions)), beyond if goes_on else 0]",
              "next_state += [*range(first, first + len(item.actions) - 1), beyond if goes_on else 0]")]),
@@ -149,8 +154,8 @@ FAULTS = {
         Fault("no-reference", "`pair_loss`", "log-probs of the policy alone", [
             ("dpo.py", "preference_loss(policy, reference, args)",
              "preference_loss(policy, torch.zeros_like(reference), args)")]),
-        Fault("reference-moves", "`load_models`", "the reference shares the weights that are trained, as the upper "
-              "blocks of trlX's do when no layers are frozen", [
+        Fault("reference-moves", "`load_models`", "the reference is the model that is trained, as the embeddings of "
+              "trlX's are when no layers are frozen", [
                   ("dpo.py", "reference = prepare(frozen(twin, dtype), dtype, device, **options) if twin else model",
                    "reference = model")]),
         Fault("means", "`pair_loss`", "log-probs averaged over an output's tokens, not summed",
@@ -176,6 +181,32 @@ def changed(fault: Fault) -> dict[str, tuple[str, str]]:
     return texts
 
 
+def forked(folder: Path, script: str, words: list[str]) -> tuple[int, str]:
+    """Run the script of the folder with its own common/, as `python SCRIPT WORDS` there, but forked from this process,
+    which has imported torch and transformers: exit code and what it printed."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.chdir(folder)
+            log = os.open("log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1), os.dup2(log, 2)
+            for name in [name for name in sys.modules if name.split(".")[0] == "common"]:
+                del sys.modules[name]
+            sys.argv, sys.path[0] = [script, *words], str(folder)
+            runpy.run_path(script, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code or 0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
+
+
 def run(script: str, fault: Fault, seed: int, work: Path) -> dict:
     """One run in a copy of the code: the watched numbers of its last line, or the line with which it was refused."""
     folder = work / f"{script}-{fault.name}-{seed}"
@@ -186,10 +217,10 @@ def run(script: str, fault: Fault, seed: int, work: Path) -> dict:
     words = [*BASE[script].split(), *fault.flags.split(), "--seed", str(seed), "--output-dir", "run"]
     if script in ("ppo.py", "dpo.py"):
         words += ["--model", str(work / f"start-{seed}")]
-    done = subprocess.run([sys.executable, script, *words], cwd=folder, capture_output=True, text=True)
+    code, log = forked(folder, script, words)
     made = {"script": script, "fault": fault.name, "seed": seed}
-    if done.returncode:
-        made["refused"] = done.stderr.strip().splitlines()[-1]
+    if code:
+        made["refused"] = log.strip().splitlines()[-1]
     else:
         last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
         made |= {name: round(last[name], 5) for name in ["eval/optimality", *WATCHED[script]]}
