@@ -16,6 +16,8 @@ label.
     python ppo.py --model gpt2 --prompts prompts.jsonl --reward rm/model
 """
 
+import itertools
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ from tokenizers import Tokenizer, processors
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dpo  # noqa: E402
 from common.cli import UserError, check_bounds, run  # noqa: E402
-from common.data import special_tokens, window  # noqa: E402
-from common.distributed import block_lists, generator  # noqa: E402
+from common.data import shuffled, special_tokens, window  # noqa: E402
+from common.distributed import block_lists  # noqa: E402
 from common.functions import load_function  # noqa: E402
 from common.models import NO_CODE, load_tokenizer, pad_rows  # noqa: E402
 
@@ -117,11 +119,9 @@ def load_model(args: Args):
         blocks = max(block_lists(model), key=len)
         if not 0 < args.num_layers_unfrozen <= len(blocks):
             raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1, or 1 to {len(blocks)}")
-        first = next(blocks[-args.num_layers_unfrozen].parameters())
-        for parameter in model.parameters():  # in the order of the forward
-            if parameter is first:
-                break
-            parameter.requires_grad_(False)
+        top = {id(parameter) for parameter in blocks[-args.num_layers_unfrozen :].parameters()}
+        for parameter in itertools.takewhile(lambda each: id(each) not in top, model.parameters()):
+            parameter.requires_grad_(False)  # what comes before in the order of the forward
     return model, tokenizer, own
 
 
@@ -160,16 +160,13 @@ def main(args: Args):
     """Train, and write the model; return it with its tokenizer, and the held-out accuracies before and after."""
     check_bounds(args, positive=("epochs", "max_steps", "batch_size", "micro_batch_size", "learning_rate"),
                  not_negative=("seed",), unit=("held_out",))
-    if args.max_length is not None and args.max_length < 2:
-        raise UserError(f"--max-length {args.max_length}: must be at least 2, a token and EOS")
-    for flag in ("model", "dataset", "output_dir"):
-        if not getattr(args, flag):
-            raise UserError(f"give a --{flag.replace('_', '-')}")
+    if not (args.model and args.dataset and args.output_dir):
+        raise UserError("give --model, --dataset and --output-dir")
     folder = f"{args.output_dir}/model"
     if os.path.exists(folder):
         raise UserError(f"--output-dir {args.output_dir}: holds a model already; choose another")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("is for one process: start it with python")
+    if "RANK" in os.environ:
+        raise UserError("a reward model is trained by one process: start it with python")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
     torch.manual_seed(args.seed)
@@ -188,28 +185,25 @@ def main(args: Args):
     print(f"{len(pairs)} pairs to train on, {len(evals)} held out; "
           f"{len(rows) + len(held_out) - len(pairs) - len(evals)} are equal and were left out", flush=True)
 
-    def evaluate():
-        with torch.no_grad():
-            return run_batch(model, evals, args.micro_batch_size, dtype)
-
-    before, total = evaluate(), args.epochs * len(pairs)
+    with torch.no_grad():
+        before = run_batch(model, evals, args.micro_batch_size, dtype)
     print(f"before training: held-out accuracy {before[1]:.3f}, loss {before[0]:.3f}", flush=True)
-    order = [i for epoch in range(args.epochs)
-             for i in torch.randperm(len(pairs), generator=generator(args.seed, 0, epoch)).tolist()]
-    batches = [order[i : i + args.batch_size] for i in range(0, total, args.batch_size)]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.learning_rate,
-                                  (0.9, 0.95), weight_decay=0.0)
-    for step, batch in enumerate(batches[: args.max_steps], 1):
-        loss, accuracy = run_batch(model, [pairs[i] for i in batch], args.micro_batch_size, dtype)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0)
+    total = -(-args.epochs * len(pairs) // args.batch_size)
+    for step in range(min(total, args.max_steps or total)):
+        places = range(step * args.batch_size, min((step + 1) * args.batch_size, args.epochs * len(pairs)))
+        batch = [pairs[shuffled(place, len(pairs), args.seed)] for place in places]
+        loss, accuracy = run_batch(model, batch, args.micro_batch_size, dtype)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
-        if not abs(loss + norm) < float("inf"):
+        if not math.isfinite(loss + norm):
             raise UserError(f"step {step}: the loss is {loss}, its gradient {norm}; lower --learning-rate")
-        optimizer.param_groups[0]["lr"] = dpo.learning_rate_at(step - 1, len(batches), args.learning_rate, 0, "cosine")
+        optimizer.param_groups[0]["lr"] = dpo.learning_rate_at(step, total, args.learning_rate, 0, "cosine")
         optimizer.step()
         optimizer.zero_grad()
-        if step % max(1, len(batches) // 10) == 0:
-            print(f"step {step} of {len(batches)}: loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
-    after = evaluate()
+        if (step + 1) % max(1, total // 10) == 0:
+            print(f"step {step + 1} of {total}: loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+    with torch.no_grad():
+        after = run_batch(model, evals, args.micro_batch_size, dtype)
     model.save_pretrained(folder + ".tmp")
     own.save_pretrained(folder + ".tmp")
     os.replace(folder + ".tmp", folder)

@@ -16,7 +16,7 @@ let all of them in; while at the top, where they tie too, all of the best are in
 
 Runs under torchrun, too. There are no checkpoints: DIR/model is written at the end.
 
-    python examples/rft.py                                                random walks on a CPU, two minutes
+    python examples/rft.py                                                random walks on a CPU, a few minutes
     python examples/rft.py --model gpt2 --prompts prompts.jsonl --reward file.py:function --improve-steps 3
 """
 
@@ -157,6 +157,9 @@ def main(args: Args):
     room = prompt_room(args.max_length, args.max_new_tokens, model.lm.config.get_text_config())
     ids, _ = encode_prompts(rows, tokenizer, room, "left", model.seq2seq)
 
+    def stop(name: str):
+        raise UserError(f"{name}: a loss or gradient is not finite; lower --learning-rate")
+
     def draw(number: int) -> tuple[list[dict], list[float]]:
         """Samples of all prompts, side by side, and their scores."""
         uniforms = noise(generator(args.seed, 1, number), len(ids) * args.generations, args.max_new_tokens)
@@ -185,7 +188,7 @@ def main(args: Args):
                 order = torch.randperm(len(examples), generator=generator(args.seed, 3, number, step, epoch))
                 for batch in order.split(args.batch_size):
                     losses.append(sft.batch_loss(model, [examples[i] for i in batch], None, args.micro_batch_size))
-                    optimizer_step(optimizer, rate, 1.0, losses[-1], steps, lambda _: args.output_dir)
+                    optimizer_step(optimizer, rate, 1.0, losses[-1], steps, stop)
                     steps += 1
         known = sum(len(archive.outputs) for archive in archives)
         say(f"round {number + 1}: score {means[-1]:.3f}; trained on {', '.join(map(str, kept))} of {known} outputs; "
