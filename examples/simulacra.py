@@ -23,7 +23,6 @@ QUERY = """
     SELECT generations.prompt, ratings.rating
     FROM ratings JOIN images ON ratings.iid = images.id JOIN generations ON images.gid = generations.id
     WHERE ratings.rating IS NOT NULL AND trim(generations.prompt) != ''
-    ORDER BY ratings.rowid
 """
 
 
