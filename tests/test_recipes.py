@@ -29,7 +29,7 @@ from common.data import read_rows
 PAGE = (ROOT / "docs/recipes.md").read_text()
 SCRIPTS = {"ppo.py": ppo, "sft.py": sft, "ilql.py": ilql}
 
-# --- stand-ins: what the Hub has, and what the tests have in its place --------------------------------------------------
+# --- stand-ins: what the Hub has, and what the tests have in its place ------------------------------------------------
 
 _OWN = dict(vocab_size=400, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=0)
 ARCHITECTURES = CONFIGS | {"gptj": transformers.GPTJConfig(**_OWN), "codegen": transformers.CodeGenConfig(**_OWN)}
@@ -52,8 +52,9 @@ _POSTS = [f"SUBREDDIT: r/pets\nTITLE: My {animal}\nPOST: It sleeps in the {place
 DATA = {  # name or name:configuration -> its splits, and rows with its columns
     "stanfordnlp/imdb": ("train test", [
         {"text": f"This film was quite {word} and I would {advice} it to all my friends.", "label": label}
-        for word, advice, label in (("bad", "hide", 0), ("dull", "burn", 0), ("good", "show", 1), ("fine", "give", 1),
-                                    ("slow", "sell", 0), ("warm", "play", 1), ("rich", "send", 1), ("odd", "post", 1))]),
+        for word, advice, label in (
+            ("bad", "hide", 0), ("dull", "burn", 0), ("good", "show", 1), ("fine", "give", 1), ("slow", "sell", 0),
+            ("warm", "play", 1), ("rich", "send", 1), ("odd", "post", 1))]),
     "tatsu-lab/alpaca": ("train", [
         {"instruction": f"Add {n}.", "input": "" if n % 2 else "1 and 2", "output": f"It is {n}.", "text": "..."}
         for n in range(8)]),
@@ -81,24 +82,23 @@ DOWNLOADS = {"https://raw.githubusercontent.com/JD-P/simulacra-aesthetic-caption
 PACKAGES = {"sacrebleu": {"sentence_chrf": lambda text, references: types.SimpleNamespace(
     score=100 * len(set(text) & set(references[0])) / len(set(text) | set(references[0])))}}
 
-# --- smaller: flags that follow those of the recipe, and win ------------------------------------------------------------
+# --- smaller: flags that follow those of the recipe, and win ----------------------------------------------------------
 
 SMALLER = {
     "ppo.py": "--max-steps 1 --total-episodes 4 --rollout-batch-size 4 --batch-size 2 --micro-batch-size 2 "
-              "--ppo-epochs 1 --num-eval-prompts 2 --eval-samples 1 --max-new-tokens 4 --max-length 64",
-    "sft.py": "--max-steps 1 --batch-size 2 --held-out 0.2 --num-eval-prompts 2 --eval-samples 1 --max-new-tokens 4 "
-              "--max-length 64",
-    "ilql.py": "--max-steps 1 --batch-size 2 --num-eval-prompts 2 --eval-samples 1 --max-new-tokens 4 --max-length 64",
-    "examples/reward_model.py": "--max-steps 1 --batch-size 2 --max-length 64",
-    "examples/rft.py": "--rounds 1 --generations 2 --batch-size 2 --max-new-tokens 4 --max-length 64",
+              "--ppo-epochs 1 --num-eval-prompts 2 --eval-samples 1 --max-new-tokens 4",
+    "sft.py": "--max-steps 1 --batch-size 2 --held-out 0.2 --num-eval-prompts 2 --eval-samples 1 --max-new-tokens 4",
+    "ilql.py": "--max-steps 1 --batch-size 2 --num-eval-prompts 2 --eval-samples 1 --max-new-tokens 4",
+    "examples/reward_model.py": "--max-steps 1 --batch-size 2",
+    "examples/rft.py": "--rounds 1 --generations 2 --batch-size 2 --max-new-tokens 4",
     "examples/programs.py": "--count 12", "examples/prepare.py": "", "examples/simulacra.py": "",
 }
-AT_MOST = {"--num-layers-unfrozen": 2, "--min-new-tokens": 2}  # the small models have 3 layers
+AT_MOST = {"--num-layers-unfrozen": 2, "--min-new-tokens": 2, "--max-length": 64}  # for 3 layers, 64 positions
 MODEL_FLAGS = ("--model", "--tokenizer", "--metric", "--reward", "--reward-model", "--from-config", "REWARD_MODEL")
 DATA_FLAGS = ("--dataset", "--eval-dataset", "--prompts", "--eval-prompts")
 TORCHRUN = ("--output-dir runs/tldr-ppo", "--dataset tatsu-lab/alpaca:train")  # in these: two processes, really
 
-# --- the page -----------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def commands(text: str) -> list[str]:
@@ -120,7 +120,7 @@ def hub_data(name: str) -> tuple[str, list[dict]]:
 
 def load_dataset(name: str, configuration: str | None = None, *, split: str):
     """In place of that of datasets."""
-    return datasets.Dataset.from_list(hub_data(f"{name}:{configuration}:{split}" if configuration else f"{name}:{split}"))
+    return datasets.Dataset.from_list(hub_data(":".join(filter(None, (name, configuration, split)))))
 
 
 def text_of(value) -> str:
@@ -132,7 +132,8 @@ def text_of(value) -> str:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A function from the name of a model of the Hub to the folder of its stand-in."""
-    folder, tokenizer = tmp_path_factory.mktemp("hub"), bpe_tokenizer([text_of([rows for _, rows in DATA.values()])], 400)
+    folder = tmp_path_factory.mktemp("hub")
+    tokenizer = bpe_tokenizer([text_of([rows for _, rows in DATA.values()])], 400)
 
     def path(name: str) -> str:
         where, kind = folder / name, MODELS[name]
@@ -141,7 +142,8 @@ def models(tmp_path_factory):
         torch.manual_seed(0)
         if kind == "classifier":
             labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
-            config = transformers.DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=61, **labels)
+            config = transformers.DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=61,
+                                                   **labels)
             model, own = transformers.DistilBertForSequenceClassification(config), char_tokenizer()
             own.model_input_names = ["input_ids", "attention_mask"]
         else:
@@ -150,8 +152,8 @@ def models(tmp_path_factory):
             own = char_tokenizer() if special else tokenizer
             config.vocab_size, config.eos_token_id = max(61, len(own)), own.eos_token_id
             config.bos_token_id = own.bos_token_id
-            auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-            model = auto.from_config(config)
+            kind = "Seq2Seq" if config.is_encoder_decoder else "Causal"
+            model = getattr(transformers, f"AutoModelFor{kind}LM").from_config(config)
         model.save_pretrained(where)
         own.save_pretrained(where)
         return str(where)
@@ -241,7 +243,7 @@ def test_a_recipe_runs(section, models, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for module in (ppo, common.randomwalks):  # PPO's and RFT's start, which takes ten seconds to fit
-        monkeypatch.setattr(module, "cloned_walker", lambda walks, seed: common.randomwalks.untrained_walker(seed))
+        monkeypatch.setattr(module, "cloned_walker", lambda _, seed: common.randomwalks.untrained_walker(seed))
     for command in SECTIONS[section]:
         before = set(tmp_path.glob("runs/*"))
         with monkeypatch.context() as own:
@@ -261,7 +263,7 @@ def test_a_recipe_runs(section, models, tmp_path, monkeypatch):
                 assert not measured or {"eval/score", "eval/reward"} & names, command
 
 
-# --- nothing is left out ------------------------------------------------------------------------------------------------
+# --- nothing is left out ----------------------------------------------------------------------------------------------
 
 
 def test_every_fenced_command_is_one_that_is_run():
@@ -274,14 +276,15 @@ def test_every_fenced_command_is_one_that_is_run():
 def test_every_stand_in_is_used():
     """By the page, or by the defaults of --reward sentiment."""
     text = " ".join(commands(PAGE)) + " ".join(map(str, ppo.PRESETS["sentiment"].values()))
-    for path in re.findall(r"examples/\S+\.yaml", PAGE):
-        text += (ROOT / path.rstrip(")")).read_text()
+    for path in set(re.findall(r"examples/\w+\.yaml", PAGE)):
+        text += (ROOT / path).read_text()
     for name in [*MODELS, *DATA, *DOWNLOADS, *PACKAGES]:
         assert re.search(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])", text), f"{name} stands in for nothing"
 
 
 def test_the_table_links_to_sections():
-    slugs = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in re.findall(r"^#+ (.*)$", PAGE, re.M)}
+    headings = re.findall(r"^#+ (.*)$", PAGE, re.M)
+    slugs = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
     links = set(re.findall(r"\]\(#(.*?)\)", PAGE))
     assert links <= slugs and {re.sub(r"[^\w-]", "", name.lower()) for name in SECTIONS} <= links
     for path in re.findall(r"\]\((\.\./.*?)\)", PAGE):
