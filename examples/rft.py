@@ -130,8 +130,9 @@ def percentile_of(step: int, args: Args) -> float:
 
 def main(args: Args):
     """Train by RFT; return the mean score of the samples of each round, and of as many drawn at the end."""
-    check_bounds(args, positive=("rounds", "generations", "improve_steps", "epochs", "max_new_tokens", "temperature", "most_per_prompt",
-                                 "generation_batch_size", "batch_size", "micro_batch_size", "learning_rate"),
+    check_bounds(args, positive=("rounds", "generations", "improve_steps", "epochs", "max_new_tokens", "temperature",
+                                 "most_per_prompt", "generation_batch_size", "batch_size", "micro_batch_size",
+                                 "learning_rate"),
                  not_negative=("seed",), unit=("start_percentile", "end_percentile"))
     if bool(args.model) != bool(args.reward) or args.model and not args.prompts:
         raise UserError("give --model, --prompts and --reward; or none of them, for random walks")
