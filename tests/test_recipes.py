@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
@@ -242,6 +243,7 @@ def test_a_recipe_runs(section, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for module in (ppo, common.randomwalks):  # PPO's and RFT's start, which takes ten seconds to fit
         monkeypatch.setattr(module, "cloned_walker", lambda _, seed: common.randomwalks.untrained_walker(seed))
     for command in SECTIONS[section]:
