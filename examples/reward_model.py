@@ -158,8 +158,10 @@ def run_batch(model, pairs: list[Pair], micro_batch_size: int, dtype: torch.dtyp
 
 def main(args: Args):
     """Train, and write the model; return it with its tokenizer, and the held-out accuracies before and after."""
-    check_bounds(args, positive=("epochs", "max_steps", "batch_size", "micro_batch_size", "learning_rate", "max_length"),
+    check_bounds(args, positive=("epochs", "max_steps", "batch_size", "micro_batch_size", "learning_rate"),
                  not_negative=("seed",), unit=("held_out",))
+    if args.max_length is not None and args.max_length < 2:
+        raise UserError(f"--max-length {args.max_length}: must be at least 2, a token and EOS")
     for flag in ("model", "dataset", "output_dir"):
         if not getattr(args, flag):
             raise UserError(f"give a --{flag.replace('_', '-')}")

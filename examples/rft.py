@@ -85,15 +85,15 @@ class Args:
     micro_batch_size: int = 32
     """sequences per forward on one process; affects memory and speed only"""
     learning_rate: float = 3e-5
-    """learning rate"""
+    """learning rate of the first round; it falls to 0 in even steps"""
     seed: int = 1
     """seed of everything, the graph of random walks included"""
 
 
 def preset(args: Args) -> dict:
     """The defaults of random walks, where no model is given."""
-    walks = dict(max_length=32, max_new_tokens=9, rounds=25, most_per_prompt=20, batch_size=50, micro_batch_size=50,
-                 learning_rate=3e-4, generation_batch_size=1000)
+    walks = dict(max_length=32, max_new_tokens=9, rounds=20, generations=50, most_per_prompt=40, batch_size=50,
+                 micro_batch_size=50, learning_rate=1e-3, generation_batch_size=1000)
     return {} if args.model else walks
 
 
@@ -173,7 +173,7 @@ def main(args: Args):
         means.append(sum(scores) / len(scores))
         for i, (item, score) in enumerate(zip(items, scores)):
             archives[i // args.generations].add(item["tokens"], score)
-        losses, kept = [], []
+        losses, kept, rate = [], [], args.learning_rate * (1 - number / args.rounds)
         for step in range(args.improve_steps):
             chosen = select(archives, percentile_of(step, args))
             examples = []
@@ -185,7 +185,7 @@ def main(args: Args):
                 order = torch.randperm(len(examples), generator=generator(args.seed, 3, number, step, epoch))
                 for batch in order.split(args.batch_size):
                     losses.append(sft.batch_loss(model, [examples[i] for i in batch], None, args.micro_batch_size))
-                    optimizer_step(optimizer, args.learning_rate, 1.0, losses[-1], steps, lambda _: args.output_dir)
+                    optimizer_step(optimizer, rate, 1.0, losses[-1], steps, lambda _: args.output_dir)
                     steps += 1
         known = sum(len(archive.outputs) for archive in archives)
         say(f"round {number + 1}: score {means[-1]:.3f}; trained on {', '.join(map(str, kept))} of {known} outputs; "
