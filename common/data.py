@@ -58,12 +58,12 @@ def read_rows(path: str, flag: str) -> list[dict]:
         else:
             from datasets import load_dataset
 
-            name, _, split = path.partition(":")
-            rows = load_dataset(name, split=split or "train").to_list()
+            name, *configuration, split = path.split(":") if ":" in path else (path, "train")
+            rows = load_dataset(name, *configuration, split=split).to_list()
     except UserError:
         raise
     except Exception as error:  # each reader has its own set
-        hint = "" if is_file else "; a file ends in .jsonl, .json, .csv or .parquet, a Hub data set is name:split"
+        hint = "" if is_file else "; a file ends in .jsonl, .json, .csv or .parquet, a Hub data set is name:split or name:configuration:split"
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason[:200]}){hint}") from None
     if not isinstance(rows, list) or not rows:

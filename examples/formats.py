@@ -47,3 +47,23 @@ def preferred_summary(row: dict) -> dict:
 def preferred(row: dict) -> dict:
     """The chosen output of a pair, for sft.py, which dpo.py then goes on from."""
     return {"prompt": row["prompt"], "completion": row["chosen"]}
+
+
+def labelled_continuation(row: dict) -> dict:
+    """The first four words of a labelled text as the prompt of the others, for ilql.py with an encoder-decoder."""
+    words = row["text"].split(" ")
+    return {"prompt": " ".join(words[:4]), "completion": " ".join(words[4:]), "reward": row["label"]}
+
+
+def tldr(row: dict) -> dict:
+    """A Reddit post, which ends in "TL;DR:", and its summary (CarperAI/openai_summarize_tldr)."""
+    return {"prompt": row["prompt"], "completion": " " + row["label"].strip()}
+
+
+def tldr_pair(row: dict) -> dict | None:
+    """A post and two summaries (CarperAI/openai_summarize_comparisons), worded as `tldr` does. Pairs with a summary of
+    less than five words are left out, and equal ones, as in trlX's reward model."""
+    chosen, rejected = (row[name].removeprefix("TL;DR:").strip() for name in ("chosen", "rejected"))
+    if chosen == rejected or min(len(chosen.split()), len(rejected.split())) < 5:
+        return None
+    return {"prompt": row["prompt"].rstrip() + "\nTL;DR:", "chosen": " " + chosen, "rejected": " " + rejected}

@@ -97,6 +97,19 @@ def overlap(outputs, reference):
     return [unigram_f1(output, text) for output, text in zip(outputs, reference)]
 
 
+def chrf(outputs, reference):
+    """chrF of the output with the translation in column `reference`, from 0 to 1: the F-score, recall counting twice,
+    of sequences of up to six letters. Needs `pip install sacrebleu`. Fluent words that the source does not have cost
+    little."""
+    try:
+        from sacrebleu import sentence_chrf
+    except ImportError:
+        from common.cli import UserError
+
+        raise UserError("the reward chrf needs sacrebleu: pip install sacrebleu") from None
+    return [sentence_chrf(output, [text]).score / 100 for output, text in zip(outputs, reference)]
+
+
 # --- a classifier or reward model, from the environment variable REWARD_MODEL ---------------------------------------
 
 
@@ -129,6 +142,22 @@ def better_than_reference(samples, outputs, reference):
     heads = [sample[: len(sample) - len(output)] for sample, output in zip(samples, outputs)]
     wanted = reward_model([head + text for head, text in zip(heads, reference)])
     return [score - other for score, other in zip(reward_model(samples), wanted)]
+
+
+def better_than_chosen(samples, outputs, chosen):
+    """`better_than_reference` with column `chosen`, as the pairs of Dahoas/rm-static have it: trlX's HH example."""
+    return better_than_reference(samples, outputs, chosen)
+
+
+def better_than_label(samples, outputs, label):
+    """`better_than_reference` with column `label`, a summary that somebody wrote (CarperAI/openai_summarize_tldr),
+    after the one space that `formats.py:tldr` puts before it: trlX's TL;DR example."""
+    return better_than_reference(samples, outputs, [" " + text.strip() for text in label])
+
+
+def output_sentiment(outputs):
+    """The classifier's probability that the output alone is POSITIVE, whatever its prompt says."""
+    return reward_model(outputs)
 
 
 def dense_sentiment(output_ids, tokenizer):

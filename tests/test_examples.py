@@ -2,7 +2,10 @@
 
 import json
 import math
+import sys
+import types
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -38,7 +41,9 @@ def score(name, outputs, prompt="", output_ids=None, tokenizer=None, **columns):
     ("summary", dict(article="Long.", summary="Short."), ["summarize: Long.", "Short."], [False, True]),
     ("positive", dict(text="good", label=1), ["good"], [True]),
     ("labelled", dict(text="bad", label=0), ["bad"], [True]),
-    ("game", dict(turns=["a\n", "b\n", "c\n"], reward=[1]), ["a\nb\nc\n"], [True])])
+    ("game", dict(turns=["a\n", "b\n", "c\n"], reward=[1]), ["a\nb\nc\n"], [True]),
+    ("labelled_continuation", dict(text="a b c d e  f", label=1), ["a b c d", "e  f"], [False, True]),
+    ("tldr", dict(prompt="POST: x\nTL;DR:", label="Short."), ["POST: x\nTL;DR:", " Short."], [False, True])])
 def test_formats_give_rows_that_sft_knows(name, row, turns, said):
     made = sample_row(load_function(f"{ROOT}/examples/formats.py:{name}", "--format")(row), "here")
     assert made.turns[-1] == turns[-1] and made.turns[0].endswith(turns[0]) and made.said == said
@@ -51,6 +56,78 @@ def test_labels_are_rewards():
 
 def test_positive_leaves_other_reviews_out():
     assert load_function(f"{ROOT}/examples/formats.py:positive", "--format")({"text": "bad", "label": 0}) is None
+
+
+def test_pairs_of_summaries_are_worded_as_the_summaries_that_sft_learns():
+    """Whatever spaces stand around "TL;DR:"; equal pairs and those with a short summary are left out."""
+    fmt, sft_row = (load_function(f"{ROOT}/examples/formats.py:{name}", "--format") for name in ("tldr_pair", "tldr"))
+    five, other = "One two three four five.", "Another one of five words."
+    for chosen, prompt in ((f"TL;DR:  {five}", "POST: x"), (f"TL;DR: {five}", "POST: x\n"), (five, "POST: x")):
+        made = fmt(dict(prompt=prompt, chosen=chosen, rejected=f"TL;DR: {other}"))
+        assert made == {"prompt": "POST: x\nTL;DR:", "chosen": f" {five}", "rejected": f" {other}"}
+        assert sft_row(dict(prompt=made["prompt"], label=five)) == {"prompt": made["prompt"], "completion": f" {five}"}
+    assert fmt(dict(prompt="POST: x", chosen=f"TL;DR: {five}", rejected=f"TL;DR:  {five} ")) is None
+    assert fmt(dict(prompt="POST: x", chosen=f"TL;DR: {five}", rejected="TL;DR: One two three four.")) is None
+
+
+# --- rows from data sets ----------------------------------------------------------------------------------------------
+
+
+def prepare():
+    """The module examples/prepare.py."""
+    return sys.modules[load_function(f"{ROOT}/examples/prepare.py:main", "prepare").__module__]
+
+
+@pytest.mark.parametrize("name,row,rows", [
+    ("cnn_dailymail", dict(article="Long.", highlights="Short.", id="1"),
+     [dict(prompt="Summarize: Long.", reference="Short.")]),
+    ("english_to_german", dict(translation=dict(de="gut", en="good")),
+     [dict(prompt="translate English to German: good", reference="gut")]),
+    ("openings", dict(text="a b  c d e", label=0), [dict(prompt="a b c d")]),
+    ("rewrite_bad_reviews", dict(text="good", label=1), []),
+    ("pairs", dict(prompt="p", response="r", chosen="a", rejected="b"),
+     [dict(prompt="p", completion="a", reward=1), dict(prompt="p", completion="b", reward=-1)]),
+    ("tldr_pairs", dict(prompt="p", chosen="TL;DR: a", rejected="TL;DR: b"), [])])
+def test_rows_are_made_of_those_of_a_data_set(name, row, rows):
+    assert getattr(prepare(), name)(row) == rows
+
+
+def test_a_bad_review_is_asked_for_as_alpaca_asks():
+    (row,) = prepare().rewrite_bad_reviews(dict(text="b" * 2000, label=0))
+    assert "### Instruction:\nRewrite the input into a positive review.\n\n### Input:\nb" in row["prompt"]
+    assert row["prompt"].count("b" * 1024) == 1 and "b" * 1025 not in row["prompt"]
+
+
+@pytest.mark.parametrize("dataset,asked", [
+    ("a/b:train", ("a/b", None, "train")), ("a/b:3.0.0:train[:20]", ("a/b", "3.0.0", "train[:20]")),
+    ("a/b:test[5:9]", ("a/b", None, "test[5:9]"))])
+def test_a_data_set_may_have_a_configuration(dataset, asked, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: seen.append(
+        (name, configuration, split)) or datasets.Dataset.from_list([dict(text="a ü c d e")]))
+    module = prepare()
+    module.main(module.Args("openings", dataset, f"{tmp_path}/rows.jsonl"))
+    assert seen == [asked] and capsys.readouterr().out == f"1 rows in {tmp_path}/rows.jsonl\n"
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"prompt": "a ü c d"}
+
+
+@pytest.mark.parametrize("function,dataset,output,message", [
+    ("nothing", "a/b:train", "x", "'nothing': no such function of rows; choose from cnn_dailymail, "),
+    ("openings", "a/b", "x", "'a/b': give a Hub data set as name:split"),
+    ("openings", "a/b:no", "x", "a/b:no: cannot be read .ValueError: no such split"),
+    ("pairs", "a/b:train", "x", "a/b:train: has no column 'prompt', only text"),
+    ("openings", "a/b:train", "no/where", "--output no/where: No such file")])
+def test_mistakes_in_preparing_rows_are_one_line(function, dataset, output, message, tmp_path, monkeypatch):
+    def load_dataset(name, configuration, split):
+        if split == "no":
+            raise ValueError("no such split\nchoose another")
+        return datasets.Dataset.from_list([dict(text="a")])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    module = prepare()
+    with pytest.raises(UserError, match=f"^{message}"):
+        module.main(module.Args(function, dataset, output))
 
 
 @pytest.mark.parametrize("name,seq2seq,width", [
@@ -111,6 +188,16 @@ def test_overlap_is_the_f1_of_words_with_repeats():
     assert score("overlap", outputs, reference=reference) == pytest.approx(expected)
 
 
+def test_chrf_is_that_of_sacrebleu(monkeypatch):
+    """Of each output with its own reference, over 100; one line where the package is missing."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(UserError, match="^the reward chrf needs sacrebleu: pip install sacrebleu$"):
+        score("chrf", ["a"], reference=["b"])
+    monkeypatch.setitem(sys.modules, "sacrebleu", types.SimpleNamespace(
+        sentence_chrf=lambda text, references: types.SimpleNamespace(score=50.0 * (references == [text]))))
+    assert score("chrf", ["a", "b"], reference=["a", "c"]) == [0.5, 0.0]
+
+
 # --- a classifier -----------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +251,23 @@ def test_better_than_reference_is_a_difference_of_two_rewards_of_one_prompt(tmp_
         expected, abs=1e-4)
     load = load_function(f"{REWARDS}:load_reward_model", "--reward")
     assert load(str(tmp_path)) is load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name,column,space", [
+    ("better_than_chosen", "chosen", ""), ("better_than_label", "label", " ")])
+def test_better_than_another_column(name, column, space, tmp_path, monkeypatch):
+    """The same difference, of the column that the data set has."""
+    outputs = save_classifier(tmp_path, ["LABEL_0"])
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    others = ["bad", "fine", "good", "x", "a"]
+    expected = [outputs("sum: " + a)[0] - outputs(f"sum: {space}{b}")[0] for a, b in zip(TEXTS, others)]
+    assert score(name, TEXTS, prompt="sum: ", **{column: others}) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_sentiment_of_an_output_does_not_hear_its_prompt(tmp_path, monkeypatch):
+    outputs = save_classifier(tmp_path, ["NEGATIVE", "POSITIVE"])
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    assert score("output_sentiment", TEXTS, prompt="good ") == pytest.approx([outputs(t)[1] for t in TEXTS], abs=1e-5)
 
 
 def test_dense_sentiment_pays_for_the_halves_of_the_output(tmp_path, monkeypatch):
