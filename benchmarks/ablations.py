@@ -68,7 +68,7 @@ class Fault(NamedTuple):
 # What a run of each script is given, and which numbers of its last line are watched beside optimality
 BASE = {"ppo.py": "--reward randomwalks --total-episodes 5120 --eval-every 1000",
         "sft.py": "--eval-every 1000",
-        "ilql.py": "--beta 100 --eval-every 1000",
+        "ilql.py": "--epochs 10 --beta 100 --eval-every 1000",
         "dpo.py": "--dataset randomwalks --epochs 1 --eval-every 1000"}
 WATCHED = {"ppo.py": ["eval/invalid", "eval/length", "rollout/kl", "value/explained_variance"],
            "sft.py": ["eval/invalid", "eval/length", "eval/loss"],
@@ -279,9 +279,9 @@ def page(script: str, rows: list[dict]) -> str:
     lines += ["", f"| change | optimality | difference (95 % interval) | {' | '.join(watched)} |",
               "|---|---|---|" + "---|" * len(watched)]
     for name, found in runs.items():
-        if not found:
-            continue
         refused = sorted({row["refused"] for row in found.values() if "refused" in row})
+        if len(found) < 5 and not refused:  # too few for a figure
+            continue
         if refused:
             message = refused[0].removeprefix("error: ").removeprefix(f"{script}: ")
             cells = [f"refused at the start: \"{message}\"", *[""] * (len(watched) + 1)]

@@ -24,7 +24,8 @@ from common.distributed import broadcast, gather_rows, generator
 
 
 def read_rows(path: str, flag: str) -> list[dict]:
-    """The rows of a `.jsonl[.gz] .json .csv .parquet` file, or of the Hub data set `name:split` (`train` if none).
+    """The rows of a `.jsonl[.gz] .json .csv .parquet` file, or of the Hub data set `name:split` (`train` if none)
+    or `name:configuration:split`.
 
     `flag` names the setting in messages. Raises UserError naming file and row for anything that cannot be read, for a
     row that is not an object, and for empty data.
@@ -58,12 +59,16 @@ def read_rows(path: str, flag: str) -> list[dict]:
         else:
             from datasets import load_dataset
 
-            name, *configuration, split = path.split(":") if ":" in path else (path, "train")
-            rows = load_dataset(name, *configuration, split=split).to_list()
+            name, _, split = path.partition(":")
+            configuration = []
+            if ":" in split.split("[")[0]:  # not that of a slice, train[:100]
+                *configuration, split = split.split(":", 1)
+            rows = load_dataset(name, *configuration, split=split or "train").to_list()
     except UserError:
         raise
     except Exception as error:  # each reader has its own set
-        hint = "" if is_file else "; a file ends in .jsonl, .json, .csv or .parquet, a Hub data set is name:split or name:configuration:split"
+        hint = "" if is_file else ("; a file ends in .jsonl, .json, .csv or .parquet, a Hub data set is name:split or "
+                                   "name:configuration:split")
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason[:200]}){hint}") from None
     if not isinstance(rows, list) or not rows:

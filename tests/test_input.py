@@ -321,18 +321,21 @@ def test_a_missing_file_and_a_hub_data_set_that_cannot_be_reached(tmp_path, monk
         with refused(f"--prompts {tmp_path}/{name}", "no such file"):
             read_rows(f"{tmp_path}/{name}", "--prompts")
     for name in ("prompts.txt", "no-such-owner/no-such-set:train"):
-        with refused(f"--prompts {name}", "cannot be read", ".jsonl", ".csv", ".parquet", "name:split"):
+        with refused(f"--prompts {name}", "cannot be read", ".jsonl", ".csv", ".parquet", "name:split",
+                     "name:configuration:split"):
             read_rows(name, "--prompts")
 
 
-def test_a_hub_data_set_is_name_and_split(monkeypatch):
+def test_a_hub_data_set_is_name_perhaps_configuration_and_split(monkeypatch):
     import datasets
 
     seen = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: seen.append((name, split))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: seen.append((*names, split))
                         or datasets.Dataset.from_list(ROWS))
-    assert read_rows("owner/set:test", "--prompts") == read_rows("owner/set", "--prompts") == ROWS
-    assert seen == [("owner/set", "test"), ("owner/set", "train")]
+    for words in ("owner/set:test", "owner/set", "set:", "set:train[:10]", "wmt16:de-en:train", "set:3.0.0:test[:5%]"):
+        assert read_rows(words, "--prompts") == ROWS
+    assert seen == [("owner/set", "test"), ("owner/set", "train"), ("set", "train"), ("set", "train[:10]"),
+                    ("wmt16", "de-en", "train"), ("set", "3.0.0", "test[:5%]")]
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
