@@ -49,6 +49,8 @@ class Args:
     """each with a graph of its own"""
     jobs: int = 1
     """runs at the same time"""
+    keep: str = ""
+    """keep the logs of the runs in this folder, for plot.py"""
     diff: str = ""
     """print what this fault changes, and end"""
     write: bool = False
@@ -207,8 +209,9 @@ def forked(folder: Path, script: str, words: list[str]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
 
 
-def run(script: str, fault: Fault, seed: int, work: Path) -> dict:
-    """One run in a copy of the code: the watched numbers of its last line, or the line with which it was refused."""
+def run(script: str, fault: Fault, seed: int, work: Path, keep: str) -> dict:
+    """One run in a copy of the code: the watched numbers of its last line, or the line with which it was refused. With
+    `keep` its log stays in that folder, its settings with the fault's name among them, by which plot.py tells it."""
     folder = work / f"{script}-{fault.name}-{seed}"
     shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / script, folder)
@@ -224,6 +227,12 @@ def run(script: str, fault: Fault, seed: int, work: Path) -> dict:
     else:
         last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
         made |= {name: round(last[name], 5) for name in ["eval/optimality", *WATCHED[script]]}
+    if keep and not code:
+        kept = Path(keep) / f"{script.removesuffix('.py')}-{fault.name.replace(' ', '-')}-{seed}"
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "run/metrics.jsonl", kept)
+        settings = (folder / "run/args.yaml").read_text().replace(str(work), "starts")
+        (kept / "args.yaml").write_text(f"{settings}fault: {fault.name}\n")
     shutil.rmtree(folder)
     return made
 
@@ -248,7 +257,7 @@ def run_all(args: Args) -> None:
             tokenizer().save_pretrained(f"{work}/start-{seed}")
 
         def one(fault: Fault, seed: int) -> None:
-            row = run(args.script, fault, seed, Path(work)) | {"commit": commit.strip()}
+            row = run(args.script, fault, seed, Path(work), args.keep) | {"commit": commit.strip()}
             with lock:
                 rows.append(row)
                 rows.sort(key=lambda row: (row["script"], row["fault"], row["seed"]))
