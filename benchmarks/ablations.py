@@ -231,7 +231,7 @@ def run(script: str, fault: Fault, seed: int, work: Path, keep: str) -> dict:
         kept = Path(keep) / f"{script.removesuffix('.py')}-{fault.name.replace(' ', '-')}-{seed}"
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "run/metrics.jsonl", kept)
-        settings = (folder / "run/args.yaml").read_text().replace(str(work), "starts")
+        settings = (folder / "run/args.yaml").read_text().replace(str(work / f"start-{seed}"), "start")
         (kept / "args.yaml").write_text(f"{settings}fault: {fault.name}\n")
     shutil.rmtree(folder)
     return made
