@@ -1,7 +1,9 @@
 """What holds for all scripts together: no dead flags, no drifted copies, pages whose commands exist."""
 
 import ast
+import io
 import re
+import tokenize
 
 from conftest import ROOT
 
@@ -79,3 +81,24 @@ def test_commands_of_the_readme_and_of_the_docs_use_flags_that_exist():
         for page, command in commands:
             for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
                 assert {flag, flag.replace("--no-", "--", 1)} & names, f"{page}: {script} has no flag {flag}"
+
+
+def code_lines(path) -> int:
+    """Lines that hold code: no blank ones, comments or docstrings."""
+    text, docs, lines = path.read_text(), set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docs.update(range(node.lineno, node.end_lineno + 1))
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in blank:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docs)
+
+
+def test_the_readme_is_short_and_its_table_counts_the_lines():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 300
+    for script in SCRIPTS:
+        row = next(line for line in text.splitlines() if line.startswith(f"| [{script}]({script})"))
+        assert int(row.split("|")[3]) == code_lines(ROOT / script), f"README: code lines of {script}"
