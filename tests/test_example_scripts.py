@@ -286,7 +286,9 @@ def test_rejection_sampling_of_a_model(model_path, tmp_path, capsys, monkeypatch
     assert not steps and shuffled
     load_lm(f"{tmp_path}/run/model")
     refused(["--output-dir", "already"], rft.main, args)
-    refused(["--reward", "none of them"], rft.main, rft.Args(model=args.model))
+    for flags in (dict(model=args.model, prompts=prompts), dict(model=args.model, reward=args.reward),
+                  dict(reward=args.reward)):
+        refused(["--reward", "none of them"], rft.main, rft.Args(**flags, output_dir=f"{tmp_path}/other"))
 
 
 def test_rejection_sampling_of_random_walks(tmp_path, capsys, monkeypatch):
