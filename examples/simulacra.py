@@ -41,7 +41,7 @@ def rated_prompts(path: str) -> list[dict]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file" if path else "give the SQLite file of the ratings")
     try:
-        connection = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(path)
         rows = [{"text": prompt, "reward": rating} for prompt, rating in connection.execute(QUERY)]
         connection.close()
     except sqlite3.Error as error:  # no database, or a table or column that is not there

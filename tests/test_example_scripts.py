@@ -145,6 +145,12 @@ def test_pairs_are_the_texts_that_ppo_hands_over(model_path):
             "rejected": [*said, {"role": "assistant", "content": "no"}]}
     pairs = reward_model.encode(dpo.load_pairs([chat], None, "--dataset", None), tokenizer, own)
     assert [[own.decode(side) for side in pair] for pair in pairs] == [["u hia yes<eos>", "u hia no<eos>"]]
+    _, tokenizer, own = load(model_path("gpt2"), max_length=6)
+    cut = [{"prompt": "a ", "chosen": "no end", "rejected": "end"}]
+    pairs = reward_model.encode(dpo.load_pairs(cut, None, "--dataset", None), tokenizer, own)
+    assert [[own.decode(side) for side in pair] for pair in pairs] == [["o end<eos>", "a end<eos>"]]
+    longer = [{"prompt": "a", "chosen": "no abcde", "rejected": "yes abcde"}]
+    assert not reward_model.encode(dpo.load_pairs(longer, None, "--dataset", None), tokenizer, own), "equal once cut"
 
 
 # --- reward model: a run ----------------------------------------------------------------------------------------------
@@ -249,6 +255,14 @@ def test_rejection_sampling_of_a_model(model_path, tmp_path, capsys, monkeypatch
     steps, shuffled, real = [], 0, rft.sft.batch_loss
     monkeypatch.setattr(rft.sft, "batch_loss", lambda model, examples, *rest: (
         steps.append(examples), real(model, examples, *rest))[1])
+    sampled, sample = set(), rft.sample_texts
+
+    def spy(*args, **options):
+        items = sample(*args, **options)
+        sampled.update((*item["prompt_ids"], -1, *item["tokens"]) for item in items)
+        return items
+
+    monkeypatch.setattr(rft, "sample_texts", spy)
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "b"}, {"prompt": "cd"}])
     args = rft.Args(model=model_path("gpt2"), prompts=prompts, reward=f"{tmp_path}/mine.py:reward", rounds=4,
                     generations=60, improve_steps=2, start_percentile=0.8, most_per_prompt=5, batch_size=4,
@@ -267,11 +281,14 @@ def test_rejection_sampling_of_a_model(model_path, tmp_path, capsys, monkeypatch
         batches = [steps.pop(0) for _ in range(math.ceil(count / 4))]
         some = [(*example.prompt, -1, *example.output) for batch in batches for example in batch]
         assert len(set(some)) == len(some) == count and all(len(batch) <= 4 for batch in batches)
+        assert set(some) <= sampled, "each was drawn for its prompt"
         shuffled += some != sorted(some, key=lambda row: row[0])
     assert not steps and shuffled
     load_lm(f"{tmp_path}/run/model")
     refused(["--output-dir", "already"], rft.main, args)
-    refused(["--reward", "none of them"], rft.main, rft.Args(model=args.model))
+    for flags in (dict(model=args.model, prompts=prompts), dict(model=args.model, reward=args.reward),
+                  dict(reward=args.reward)):
+        refused(["--reward", "none of them"], rft.main, rft.Args(**flags, output_dir=f"{tmp_path}/other"))
 
 
 def test_rejection_sampling_of_random_walks(tmp_path, capsys, monkeypatch):
