@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from transformers.cache_utils import DynamicLayer
 from common.cli import UserError
 from common.data import short, whole_text
 from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
-from common.functions import ask
+from common.functions import ask, load_function
 from common.graphs import FixedBatch
-from common.models import LanguageModel, LogitRules, collate, pad_rows
+from common.models import LanguageModel, LogitRules, collate, load_classifier, pad_rows
 
 
 @dataclass
@@ -331,6 +332,16 @@ def sample_texts(
         item.update(prompt_ids=prompts[row], prompt=prompt, output=output,
                     sample=prompt + (" " if model.seq2seq else "") + output)
     return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
+
+
+def load_metric(spec: str | None, device: torch.device) -> Callable | None:
+    """The metric function that `--metric` names. A classifier's answers are called `score`."""
+    if spec is None or dist.get_rank():  # called on rank 0 alone
+        return None
+    if ":" in spec and not os.path.exists(spec):
+        return load_function(spec, "--metric")
+    classify = load_classifier(spec, "--metric", device, batch_size=64)
+    return lambda samples, **_: {"score": classify(samples)}
 
 
 def evaluate_samples(
