@@ -299,8 +299,8 @@ class Trajectory(NamedTuple):
     output: Sequence[int]  # ids of all from the first action to the last
     actions: Sequence[int]  # (A,) the places of the actions in the output; never empty
     rewards: Sequence[float]  # (A,) after each action
-    next_prompt: Sequence[int]  # the state after the last action is the one after these ids;
-    next_output: Sequence[int]  # neither has any where the last action is terminal
+    next_prompt: Sequence[int]  # the state after the last action is the one after these ids,
+    next_output: Sequence[int]  # prompt and output; both are empty where the last action is terminal
 
 
 def read_reward(value, where: str, depth: int = 2):
@@ -334,8 +334,8 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
     """Rewards for each token of each example of a row, before anything is cut; a reward for the whole row is not here.
 
     The reward of an output sits on its last token (that of an empty output on the token before). A list of token
-    rewards begins with an output's first token; the first `skipped` tokens of the row's are no actions. Raises
-    UserError where the numbers do not fit.
+    rewards begins with an output's first token; the first `skipped` tokens of the row's first output are no actions.
+    Raises UserError where the numbers do not fit.
     """
     placed = [[0.0] * len(example.output) for example in examples]
     if not isinstance(reward, list):
@@ -352,7 +352,7 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
         own = places.get(output, [])
         last = own[-1:] or last
         if isinstance(value, list):
-            before, skipped = skipped, 0
+            before = skipped if output == 1 else 0
             if len(value) - before > len(own):
                 raise UserError(f"{where}: has {len(value)} token rewards for output {output}, which has "
                                 f"{len(own) + before} tokens, the end token among them")
