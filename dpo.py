@@ -243,9 +243,10 @@ class Args:
 RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
     learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0, held_out=0.15)
-RESUMABLE = (
-    "save_every", "keep_checkpoints", "keep_going", "max_steps", "output_dir", "resume", "replay", "track", "config",
-    "reward_timeout")
+RESUMABLE = (  # settings that may differ between a run and its resumption
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
+    "track", "config", "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded",
+    "offload", "gradient_checkpointing", "reward_timeout")
 
 
 def preset(args: Args) -> dict:

@@ -5,6 +5,11 @@ import re
 
 from conftest import ROOT
 
+import dpo
+import ilql
+import ppo
+import sft
+
 # flags that mean another thing in one script, and why
 OWN = {("dpo.py", "dataset"): "its rows are pairs", ("dpo.py", "batch_size"): "counts pairs",
        ("dpo.py", "micro_batch_size"): "counts pairs", ("dpo.py", "beta"): "DPO's own beta, where ILQL has one too"}
@@ -79,3 +84,10 @@ def test_commands_of_the_readme_and_of_the_docs_use_flags_that_exist():
         for page, command in commands:
             for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
                 assert flag in names, f"{page}: {script} has no flag {flag}"
+
+
+def test_a_run_may_be_resumed_with_other_settings_of_the_machine():
+    """Memory, speed, how often to evaluate and save: what one script lets a resumed run change, all do."""
+    free = [set(script.RESUMABLE) for script in (sft, ilql, dpo)]
+    assert free[0] == free[1] == free[2] == set(ppo.RESUMABLE) - {
+        "reward_on", "reward_device", "reward_batch_size"}
