@@ -307,15 +307,15 @@ def load_reward(args: Args, device: torch.device) -> Callable:
 def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, args: Args) -> list:
     """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share
     of the samples, or rank 0 scores all."""
-    everything = args.reward_on == "rank0"
-    mine, real = (range(len(items)), [True] * len(items)) if everything else rank_rows(len(items))
-    chosen = [row for row, is_real in zip(mine, real) if is_real and not (everything and dist.get_rank())]
+    on_rank_0 = args.reward_on == "rank0"
+    mine, real = (range(len(items)), [True] * len(items)) if on_rank_0 else rank_rows(len(items))
+    chosen = [row for row, is_real in zip(mine, real) if is_real and not (on_rank_0 and dist.get_rank())]
     scores = []
     if chosen:
         mine_items, mine_rows = ([part[row] for row in chosen] for part in (items, rows))
         scores = ask(reward_fn, "reward", mine_items, mine_rows, tokenizer, args.reward_timeout)
     meet()
-    return broadcast(scores) if everything else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
+    return broadcast(scores) if on_rank_0 else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
 
 
 def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) -> tuple[list, tuple]:
@@ -464,8 +464,8 @@ def score_tokens(
     micro_batch_size: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """logprobs, ref_logprobs, values, entropy and mask, each (B, R), of all responses, on all ranks, which share the
-    work.
+    """Run policy, value and reference over all responses, on all ranks, which share the work: logprobs, ref_logprobs,
+    values, entropy and mask, each (B, R).
 
     Column t belongs to response token t; its value is that of the state before it. 0 and False where no token is.
     """

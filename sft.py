@@ -324,7 +324,7 @@ def micro_batches(
         micro = slice(begin, begin + micro_batch_size)
         chosen, packed = [[examples[row] for row in lines[line]] for line in mine[micro]], {}
         if room:
-            prompts = [[] for _ in chosen]
+            prompts = [[] for _ in chosen]  # a line is one output, whose rows' prompts are not trained
             outputs = [[token for part in line for token in (*part.prompt, *part.output)] for line in chosen]
             trained = [[flag for part in line for flag in (*[0] * len(part.prompt), *part.trained)] for line in chosen]
             places = [[i for part in line for i in range(len(part.prompt) + len(part.output))] for line in chosen]

@@ -1,4 +1,4 @@
-"""Rows from files and the Hub, prompts as token ids, the order of the data; users' functions found, called, checked."""
+"""Rows from files and the Hub, prompts and dialogues as token ids, rows packed into lines, the order of the data."""
 
 import bisect
 import contextlib
@@ -243,7 +243,8 @@ def chat_ends(ids: list[int], tokenizer) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1)
 def _closing(tokenizer, _template) -> list[int]:
-    """What the chat template writes between a user's words and the answer, last token first."""
+    """What the chat template writes between a user's words and the answer, last token first. _template: for the cache,
+    since a user may give the tokenizer another."""
     with contextlib.suppress(UserError):  # a template may refuse a user's message alone
         return os.path.commonprefix([chat_ids([{"role": "user", "content": said}], tokenizer,
                                               add_generation_prompt=True)[::-1] for said in "ab"])
