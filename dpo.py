@@ -307,8 +307,8 @@ class Pair(NamedTuple):
 
 def walk_pairs(walks: RandomWalks, seed: int, held_out: float, partners: int = 4) -> tuple[list[dict], list[dict]]:
     """Each walk beside a few others from the same start that are better or worse by the task's metric, the better one
-    chosen; a pair that comes twice stands once. Pairs to train on, and pairs of a share of walks that those have not.
-    """
+    chosen; a pair that comes twice stands once. Returns pairs to train on, and pairs of a share of the walks, which are
+    in none of the others."""
     rng = np.random.default_rng(seed)
     texts = [str(walk) for walk in rng.permutation(sorted(set(walks.walks)))]
     count = round(held_out * len(texts))
@@ -410,7 +410,8 @@ def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int
     needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones,
     and one more, even if they are more than half."""
     prompt, most = sides[0].prompt, max(len(example.output) for example in sides)
-    room = longest - min(most, max(0, longest - min(len(prompt), max(longest // 2, head + tail + 1))))
+    kept = min(len(prompt), max(longest // 2, head + tail + 1))  # of the prompt, however long the outputs are
+    room = longest - min(most, max(0, longest - kept))
     prompt = cut_prompt(prompt, room, side, head, tail) if len(prompt) > room else prompt
     room = max(0, longest - len(prompt))
     return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]

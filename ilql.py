@@ -367,9 +367,9 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
 def cut_example(
     example: Example, rewards: list[float], longest: int, side: str, loses: str, head: int, tail: int
 ) -> tuple[Example, list[float]]:
-    """The example and its token rewards in at most `longest` tokens; an action stays if there was one. See `fit` for
-    what loses its end; one that loses its beginning keeps its first `head` tokens, special ones, and what follows them
-    is no action, for what it answers is gone."""
+    """The example and its token rewards in at most `longest` tokens; an action stays if there was one. loses "end": see
+    `fit`. loses "beginning": the first `head` tokens stay, special ones, and behind them the end of the row, whose
+    first token is no action, since what it answers is gone."""
     if loses == "end" or len(example.prompt) + len(example.output) <= longest:
         fitted = fit(example, longest, side, head, tail)
         return fitted, rewards[: len(fitted.output)]

@@ -466,7 +466,7 @@ def train(
         train_top(lm, args.num_layers_unfrozen)
     lora = add_lora(lm, args.lora_rank, args.lora_alpha) if args.lora_rank else None
     model = LanguageModel(lm)
-    room = longest if args.packing == "rows" and packs_exactly(model) else None
+    room = longest if args.packing == "rows" and packs_exactly(model) else None  # of a line that rows share
     if args.packing == "rows":
         say(f"packing: rows share lines of {longest} tokens" if room else
             f"packing: a {type(lm).__name__} does not keep rows that share a line apart; each is padded instead")

@@ -317,8 +317,9 @@ def _chat(messages, tokenizer, **options):
 def chat_turns(
     messages: list[dict], tokenizer, ends: tuple[int, ...], first: int = 0, split: bool = False
 ) -> list[tuple[list[str], list[bool]]]:
-    """Messages as rows of turns, texts by the tokenizer's chat template, and which of the turns the assistant says in
-    `messages[first:]`, each with the token that ends it: one of `ends` or another special one.
+    """Messages written out by the tokenizer's chat template: rows of turns, which are texts, and for each turn whether
+    it is what the assistant says in one of `messages[first:]`. Such a turn includes the token that ends it, one of
+    `ends` or another special one.
 
     One row, where the template tells: by its own {% generation %} marks, or because what it writes for the messages up
     to an assistant's is how it begins for more of them. Otherwise (Qwen3 leaves out earlier thoughts), or with `split`,

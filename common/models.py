@@ -575,8 +575,8 @@ class LanguageModel(nn.Module):
         return self.heads[head](hidden[marked])
 
     def encode(self, encoder_ids, encoder_mask):
-        """Encoder states (B, P, H) of an encoder-decoder model, for `decode`. Not for `forward`: as an entry point of
-        its own it has FSDP gather the root's parameters, which are there already inside of another."""
+        """Encoder states (B, P, H) of an encoder-decoder model, for `decode`. `forward` calls `_encode`: FSDP
+        gathers the root's parameters around this method, and would let go of them within `forward`."""
         return self._encode(encoder_ids, encoder_mask)
 
     def decode(self, ids, mask, cache=None, encoder_states=None, encoder_mask=None):

@@ -131,9 +131,9 @@ def encode(
     """The examples of each row: one for a causal model (but see `chat_turns`), one for each output for an
     encoder-decoder, none where there is nothing to train. Each ends in an end token, added where the data has none.
 
-    history: an example for each output of turns, which sees only so many texts before it. open_ended: where a row ends
-    with what is not trained, no end token is added to its last output, and an example without an output follows, the
-    whole prompt that an answer would have; and a last output that is empty is an end token, all the same.
+    history: an example for each output of turns, which sees only so many texts before it. open_ended: a row that
+    ends with what is not trained has no end token added to its last output, and one more example, without an output:
+    the whole prompt that the next answer would have. And an empty output at a row's end becomes an end token.
     """
     apart, found = seq2seq or history is not None, []
     for row in rows:
