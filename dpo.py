@@ -52,7 +52,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
+from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
 from common.data import (
     chat_ends,
     check_data,
@@ -73,7 +73,7 @@ from common.data import (
 )
 from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
 from common.functions import load_function
-from common.generation import evaluate_samples, try_out
+from common.generation import evaluate_samples, load_metric, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
@@ -86,7 +86,6 @@ from common.models import (
     export,
     freeze_below,
     frozen,
-    load_classifier,
     load_lm,
     load_tokenizer,
     prepare,
@@ -94,8 +93,7 @@ from common.models import (
     top_copy,
     train_top,
 )
-from common.randomwalks import RandomWalks, cloned_walker, random_walks
-from common.randomwalks import tokenizer as walks_tokenizer
+from common.randomwalks import RandomWalks, random_walks, write_cloned_walker
 from common.samples import Example, Row, encode, formatted_rows, prompt_of, sample_row
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ from common.samples import Example, Row, encode, formatted_rows, prompt_of, samp
 
 @dataclass
 class Args:
-    """DPO for language models. The head of this file explains the algorithm, README.md the metrics."""
+    """DPO for language models. The head of this file explains the algorithm, docs/dpo.md the metrics."""
 
     # model
     model: str | None = None
@@ -245,9 +243,10 @@ class Args:
 RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
     learning_rate=3e-4, warmup_steps=10, beta=1.0, sft_coef=1.0, held_out=0.15)
-RESUMABLE = (
-    "save_every", "keep_checkpoints", "keep_going", "max_steps", "output_dir", "resume", "replay", "track", "config",
-    "reward_timeout")
+RESUMABLE = (  # settings that may differ between a run and its resumption
+    "max_steps", "eval_every", "save_every", "keep_checkpoints", "keep_going", "output_dir", "resume", "replay",
+    "track", "config", "micro_batch_size", "generation_batch_size", "shard_size", "keep_sharded",
+    "offload", "gradient_checkpointing", "reward_timeout")
 
 
 def preset(args: Args) -> dict:
@@ -272,7 +271,7 @@ def check(args: Args, pairs: list | None = None) -> None:
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
                       "label_smoothing", "simpo_gamma", "sft_coef"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
-    check_sampling(args)
+    check_shared_flags(args)
     if args.max_length is not None and args.max_length < 2:
         raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
     if args.label_smoothing >= 0.5:
@@ -308,8 +307,8 @@ class Pair(NamedTuple):
 
 def walk_pairs(walks: RandomWalks, seed: int, held_out: float, partners: int = 4) -> tuple[list[dict], list[dict]]:
     """Each walk beside a few others from the same start that are better or worse by the task's metric, the better one
-    chosen; a pair that comes twice stands once. Pairs to train on, and pairs of a share of walks that those have not.
-    """
+    chosen; a pair that comes twice stands once. Returns pairs to train on, and pairs of a share of the walks, which are
+    in none of the others."""
     rng = np.random.default_rng(seed)
     texts = [str(walk) for walk in rng.permutation(sorted(set(walks.walks)))]
     count = round(held_out * len(texts))
@@ -354,7 +353,7 @@ def shared_beginning(chosen: str, rejected: str) -> str:
     return both[: max(0, *map(both.rfind, " \n\t"))]
 
 
-def said(messages: list[dict]) -> list[tuple]:
+def spoken(messages: list[dict]) -> list[tuple]:
     """What counts when messages are compared, whatever other fields they have."""
     return [(message["role"], message["content"]) for message in messages]
 
@@ -378,11 +377,11 @@ def pair_rows(row, where: str) -> tuple[Row, Row]:
         if prompt is None:
             prompt = shared_beginning(*sides)
             others = [text for text in map(str, columns.values()) if text not in sides and len(text.split()) > 1]
-            if not prompt or (others and not prompt.endswith("\n\nAssistant:")):  # perhaps it is in one of those
+            if not prompt or (others and not prompt.endswith("\n\nAssistant:")):  # another column may be it
                 raise UserError(f"{where}: has no prompt, only {listed(columns)}; --format can map rows")
             sides = [side[len(prompt) :] for side in sides]
-    elif not is_chat(prompt) or all(said(side[: len(prompt)]) == said(prompt) for side in sides):  # whole dialogues
-        shared = next((i for i, (one, other) in enumerate(zip(*map(said, sides))) if one != other),
+    elif not is_chat(prompt) or all(spoken(side[: len(prompt)]) == spoken(prompt) for side in sides):  # whole dialogues
+        shared = next((i for i, (one, other) in enumerate(zip(*map(spoken, sides))) if one != other),
                       min(map(len, sides)))
         while shared and sides[0][shared - 1]["role"] == "assistant":
             shared -= 1
@@ -411,7 +410,8 @@ def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int
     needs, to half of them at most, then the outputs' ends. Its first `head` and last `tail` tokens stay, special ones,
     and one more, even if they are more than half."""
     prompt, most = sides[0].prompt, max(len(example.output) for example in sides)
-    room = longest - min(most, max(0, longest - min(len(prompt), max(longest // 2, head + tail + 1))))
+    kept = min(len(prompt), max(longest // 2, head + tail + 1))  # of the prompt, however long the outputs are
+    room = longest - min(most, max(0, longest - kept))
     prompt = cut_prompt(prompt, room, side, head, tail) if len(prompt) > room else prompt
     room = max(0, longest - len(prompt))
     return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]
@@ -420,8 +420,8 @@ def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int
 def make_pairs(
     rows: list[tuple[Row, Row]], tokenizer, ends: tuple[int, ...], seq2seq: bool, longest: int, args: Args
 ) -> tuple[list[Pair], dict[str, int]]:
-    """The pairs of the rows, in at most `longest` tokens each; how many had equal outputs, no room for them, were
-    cut."""
+    """The pairs of the rows, in at most `longest` tokens each; and how many rows had equal outputs, had no room for an
+    output ("dropped"), or were cut."""
     pairs, counts = [], {"equal": 0, "dropped": 0, "cut": 0}
     head, tail = map(len, special_tokens(tokenizer, seq2seq))
     for some in (rows[i : i + 500] for i in range(0, len(rows), 500)):
@@ -451,9 +451,10 @@ def make_pairs(
 def pair_batches(
     pairs: list[Pair], shared: bool, micro_batch_size: int, start_id: int | None, device: torch.device
 ) -> Iterator[tuple[list[int], torch.Tensor, dict[str, torch.Tensor], torch.Tensor]]:
-    """This rank's share of the pairs, micro-batches of M: their numbers, their weights (M,), 0 for those that are there
-    only because all ranks make the same calls, inputs of `LanguageModel.forward`, and which output each of its N tokens
-    is of (N,): 2i for the chosen one of the i-th pair, 2i + 1 for the rejected one.
+    """This rank's share of the pairs, in micro-batches of M: numbers, which pairs they are; weight (M,), 0 for pairs
+    that are there only because all ranks make the same calls, else 1; inputs of `LanguageModel.forward`; and owner
+    (N,), the output that each of the N scored tokens is of: 2i for the chosen one of the i-th pair, 2i + 1 for the
+    rejected one.
 
     shared: lines hold several pairs, as many as the longest one leaves room for, each with its prompt once.
     """
@@ -477,7 +478,7 @@ def pair_batches(
             batch = collate(prompts, [list(output) for both in outputs for output in both], start_id, device,
                             [list(map(bool, flags)) for both in trained for flags in both])
             for name in ("encoder_ids", "encoder_mask") if start_id is not None else ():
-                batch[name] = batch[name][::2]  # which the outputs share
+                batch[name] = batch[name][::2]  # one row a pair: both outputs read it
         counts = torch.tensor([sum(map(bool, flags)) for both in trained for flags in both])
         owner = torch.arange(len(counts)).repeat_interleave(counts).to(device)
         yield numbers, torch.tensor(weight, device=device), batch, owner
@@ -582,6 +583,9 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: 
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
 
 
+# --- forward and reference --------------------------------------------------------------------------------------------
+
+
 def batch_metrics(
     model: LanguageModel, reference: Callable | None, pairs: list[Pair], shared: bool, args: Args
 ) -> dict[str, float]:
@@ -610,14 +614,12 @@ def batch_metrics(
     return {name: sum(values) / len(pairs) for name, values in zip(names, zip(*every))}
 
 
-# --- models and the reference -----------------------------------------------------------------------------------------
-
-
 def load_models(
     lm: PreTrainedModel, path: str, dtype: torch.dtype, device: torch.device, longest: int, args: Args
 ) -> tuple[LanguageModel, Callable | None, object, bool]:
     """The sharded policy; the reference's token log-probs as a function of a batch (to be called right after the
-    policy's forward on it), if one is wanted in memory; peft's wrapper if there is one; whether pairs share lines."""
+    policy's forward on it, whose lower blocks it may reuse), if one is wanted in memory; peft's wrapper if there is
+    one; whether pairs share lines."""
     options = dict(shard_size=args.shard_size, offload=args.offload)
     live = args.loss != "simpo" and not args.precompute_reference
     lora = twin = None
@@ -668,8 +670,8 @@ def precomputed(
         found = load_file(path)
         known = [found["train"].tolist(), found["held_out"].tolist()] if found["data"].tolist() == data else None
     if known := broadcast(known):
-        return [[pair._replace(reference=array("f", both)) for pair, both in zip(pairs, table)]
-                for pairs, table in zip(sets, known)]
+        return [[pair._replace(reference=array("f", both)) for pair, both in zip(pairs, values)]
+                for pairs, values in zip(sets, known)]
     say(f"computing the reference's log-probs of {sum(map(len, sets))} pairs ...")
     sets = [with_reference(model, pairs, shared, args.micro_batch_size) if pairs else [] for pairs in sets]
     if dist.get_rank() == 0:
@@ -699,16 +701,6 @@ def sample_kl(
         logprobs = model(**batch, with_entropy=False)["logprobs"]
         found += output_logprobs(logprobs - reference(batch), owner, len(chosen)).tolist()
     return {"kl": gather_rows(found, len(items))}
-
-
-def load_metric(spec: str | None, device: torch.device) -> Callable | None:
-    """The metric function that `--metric` names. A classifier's answers are called `score`."""
-    if spec is None or dist.get_rank():  # called on rank 0 alone
-        return None
-    if ":" in spec and not os.path.exists(spec):
-        return load_function(spec, "--metric")
-    classify = load_classifier(spec, "--metric", device, batch_size=64)
-    return lambda samples, **_: {"score": classify(samples)}
 
 
 def check_reference(gap: float, dtype: torch.dtype) -> None:
@@ -747,13 +739,8 @@ def train(
     # --- data and models
     walks = random_walks(args.seed) if pairs is None and args.dataset in (None, "randomwalks") else None
     path = args.model or f"{folder}/start"
-    if args.model is None and broadcast(not os.path.exists(path)):
-        say("fitting a small GPT-2 to 1000 random walks ...")
-        if dist.get_rank() == 0:
-            cloned_walker(walks, args.seed).save_pretrained(path + ".tmp")
-            walks_tokenizer().save_pretrained(path + ".tmp")
-            os.replace(path + ".tmp", path)
-        dist.barrier()
+    if args.model is None:
+        write_cloned_walker(path, walks, args.seed)
     format_fn = load_function(args.format, "--format") if args.format else None
     if walks:
         pairs, held_out_pairs = walk_pairs(walks, args.seed, args.held_out)
@@ -765,7 +752,7 @@ def train(
         rows, held_out = split(rows, args.held_out, args.num_eval_rows, args.seed)
     held_out = evenly(held_out, args.num_eval_rows)
     tokenizer, lm = load_tokenizer(args.tokenizer or path), load_lm(path)
-    date = pin_date(tokenizer, checkpoint)
+    date = pin_date(tokenizer, checkpoint)  # chat templates may write today's date
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
     if tokenizer.eos_token_id is None:
@@ -788,10 +775,10 @@ def train(
     model, reference, lora, shared = load_models(lm, path, dtype, device, longest, args)
     if args.pack and not shared:
         say(f"packing: a {type(lm).__name__} does not keep outputs that share a line apart; each is padded instead")
-    try_out(model)
+    try_out(model)  # an architecture that cannot be handled ends here, in one line
     checksums = [check_data([pair[:5] for pair in pairs], "--format") for pairs in (data, evals)]
     if args.precompute_reference:
-        if not checkpoint and dist.get_rank() == 0:  # those of a run that never began
+        if not checkpoint and dist.get_rank() == 0:  # a run that was killed before its first step may have left some
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{folder}/reference.safetensors")
         data, evals = precomputed(model, [data, evals], shared, folder, checksums, args)
@@ -800,9 +787,10 @@ def train(
 
     # --- evaluation
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
-    own = walks.starts if walks else [prompt_of(row, 4) for row, _ in held_out or rows]
-    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
-    own = [row for row in own if walks or row["prompt"] not in empty]
+    # prompts of the run's own: those of its rows
+    own = [prompt_of(row, 4) for row, _ in held_out or rows]
+    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # give the model nothing to start from
+    own = walks.starts if walks else [row for row in own if row["prompt"] not in empty]
     eval_rows, eval_ids = [], []
     if args.num_eval_prompts and (own or args.eval_prompts or eval_prompts is not None):
         eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", own, args.prompt_words)
@@ -824,13 +812,15 @@ def train(
                 max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
                 options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
                 stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
-            metrics = {**metrics, **found, **metrics}  # a metric_fn's `loss` is not the held-out one
+            # in this order, and a metric_fn's own `loss` does not replace the held-out one
+            metrics = {**metrics, **found, **metrics}
         return metrics, outputs
 
     # --- loop
-    total = args.epochs * len(data)
-    planned = math.ceil(total / args.batch_size)
+    total_samples = args.epochs * len(data)
+    planned = math.ceil(total_samples / args.batch_size)
     steps = min(planned, args.max_steps or planned)
+    # the loop's state: with weights and optimizer, all that a checkpoint holds
     state = {"step": 0, "samples": 0, "best": math.inf, "date": date, "data": checksums}
     if checkpoint:
         state |= load_checkpoint(checkpoint, model, optimizer)
@@ -842,7 +832,7 @@ def train(
                         args.keep_checkpoints, args.keep_going, batch)
         return f"{folder}/{name}"
 
-    if args.replay:
+    if args.replay:  # run a saved batch again, row by row, and end
         batch = [Pair(*pair) for pair in read_batch(args.replay)["pairs"]]
         texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.chosen]) for row in batch))
         return replay(args.replay, optimizer, texts, lambda rows: batch_metrics(
@@ -861,9 +851,13 @@ def train(
             save(f"checkpoints/step-{state['step']}")
             raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         begun = time.time()
-        places = range(state["samples"], min(state["samples"] + args.batch_size, total))
+
+        # batch: the next rows, in an order that is shuffled anew each epoch
+        places = range(state["samples"], min(state["samples"] + args.batch_size, total_samples))
         batch = [data[shuffled(place, len(data), args.seed)] for place in places]
-        found = batch_metrics(model, reference, batch, shared, args)
+
+        # update
+        found = batch_metrics(model, reference, batch, shared, args)  # adds the gradient, too
         if step == 0 and args.loss != "simpo":
             check_reference(found["gap"], dtype)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
@@ -876,6 +870,8 @@ def train(
                    **{f"train/{name}": value for name, value in found.items()},
                    "optim/grad_norm": norm, "optim/learning_rate": rate, "perf/seconds": seconds,
                    "perf/pairs_per_second": len(batch) / seconds, "perf/tokens_per_second": read / seconds}
+
+        # evaluate, log, save
         if state["step"] % args.eval_every == 0 or state["step"] == steps:
             state["after"], outputs = evaluate()
             metrics |= state["after"]
@@ -893,8 +889,8 @@ def train(
         say(table("after training", evenly(outputs, 5)))
     after = state.get("after", state["before"])
     before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
-    say("; ".join([*(f"{name[5:]} {before.get(name, '')}{value:.3f}" for name, value in after.items()),
-                   f"model in {folder}/model"]))
+    changes = [f"{name.removeprefix('eval/')} {before.get(name, '')}{value:.3f}" for name, value in after.items()]
+    say("; ".join([*changes, f"model in {folder}/model"]))
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

@@ -54,7 +54,7 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
+from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
 from common.data import (
     chat_ends,
     check_data,
@@ -73,7 +73,7 @@ from common.data import (
 )
 from common.distributed import adamw, gather_rows, generator, init, optimizer_step, rank_rows, sharded_parameters
 from common.functions import load_function, plain
-from common.generation import evaluate_samples, noise, sample_texts, try_out
+from common.generation import evaluate_samples, load_metric, noise, sample_texts, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
@@ -85,7 +85,6 @@ from common.models import (
     collate,
     end_tokens,
     export,
-    load_classifier,
     load_heads,
     load_lm,
     load_tokenizer,
@@ -102,7 +101,7 @@ from common.samples import Example, Row, encode, fit, load_samples, prompt_of
 
 @dataclass
 class Args:
-    """ILQL for language models. The head of this file explains the algorithm, README.md the metrics."""
+    """ILQL for language models. The head of this file explains the algorithm, docs/ilql.md the metrics."""
 
     # model
     model: str | None = None
@@ -270,7 +269,7 @@ def check(args: Args, samples: list | None = None) -> None:
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts",
                       "cql_scale", "awac_scale", "awac_beta"),
         unit=("adam_beta1", "adam_beta2", "gamma", "tau", "target_rate"))
-    check_sampling(args)
+    check_shared_flags(args)
     if not args.beta or not all(abs(beta) <= 1e6 for beta in args.beta):
         raise UserError(f"--beta {' '.join(map(str, args.beta))}: needs values, each within a million of 0")
     if args.tau in (0, 1):
@@ -300,8 +299,8 @@ class Trajectory(NamedTuple):
     output: Sequence[int]  # ids of all from the first action to the last
     actions: Sequence[int]  # (A,) the places of the actions in the output; never empty
     rewards: Sequence[float]  # (A,) after each action
-    next_prompt: Sequence[int]  # the state after the last action is the one after these ids;
-    next_output: Sequence[int]  # neither has any where the last action is terminal
+    next_prompt: Sequence[int]  # the state after the last action is the one after these ids,
+    next_output: Sequence[int]  # prompt and output; both are empty where the last action is terminal
 
 
 def read_reward(value, where: str, depth: int = 2):
@@ -335,8 +334,8 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
     """Rewards for each token of each example of a row, before anything is cut; a reward for the whole row is not here.
 
     The reward of an output sits on its last token (that of an empty output on the token before). A list of token
-    rewards begins with an output's first token; the first `skipped` tokens of the row's are no actions. Raises
-    UserError where the numbers do not fit.
+    rewards begins with an output's first token; the first `skipped` tokens of the row's first output are no actions.
+    Raises UserError where the numbers do not fit.
     """
     placed = [[0.0] * len(example.output) for example in examples]
     if not isinstance(reward, list):
@@ -353,7 +352,7 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
         own = places.get(output, [])
         last = own[-1:] or last
         if isinstance(value, list):
-            before, skipped = skipped, 0
+            before = skipped if output == 1 else 0
             if len(value) - before > len(own):
                 raise UserError(f"{where}: has {len(value)} token rewards for output {output}, which has "
                                 f"{len(own) + before} tokens, the end token among them")
@@ -368,9 +367,9 @@ def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, w
 def cut_example(
     example: Example, rewards: list[float], longest: int, side: str, loses: str, head: int, tail: int
 ) -> tuple[Example, list[float]]:
-    """The example and its token rewards in at most `longest` tokens; an action stays if there was one. See `fit` for
-    what loses its end; one that loses its beginning keeps its first `head` tokens, special ones, and what follows them
-    is no action, for what it answers is gone."""
+    """The example and its token rewards in at most `longest` tokens; an action stays if there was one. loses "end": see
+    `fit`. loses "beginning": the first `head` tokens stay, special ones, and behind them the end of the row, whose
+    first token is no action, since what it answers is gone."""
     if loses == "end" or len(example.prompt) + len(example.output) <= longest:
         fitted = fit(example, longest, side, head, tail)
         return fitted, rewards[: len(fitted.output)]
@@ -406,11 +405,13 @@ def row_trajectories(
         following = parts[i + 1][0].prompt if i + 1 < len(parts) else []
         after = (example.prompt, example.output) if lost else (following, [])
         if actions := [place for place, number in enumerate(example.trained) if number]:
-            made.append(Trajectory(example.prompt, example.output, actions, [numbers[i] for i in actions], *after))
+            rewards = [numbers[place] for place in actions]
+            made.append(Trajectory(example.prompt, example.output, actions, rewards, *after))
     if made and not isinstance(reward, list):
         made[-1].rewards[-1] += reward
-    sizes = [[len(part.prompt) + len(part.output) for part in some] for some in (whole, [part for part, _ in parts])]
-    return made, sizes[0] != sizes[1]
+    cut = any(len(part.prompt) + len(part.output) < len(full.prompt) + len(full.output)
+              for (part, _), full in zip(parts, whole))
+    return made, cut
 
 
 def make_trajectories(
@@ -433,7 +434,7 @@ def make_trajectories(
         for row, reward, whole in zip(rows[some], rewards[some], encoded):
             found, shorter = row_trajectories(row, reward, whole, tokenizer, (len(head), len(tail)), longest,
                                               args.truncation_side, loses)
-            # arrays take a tenth of the memory of lists
+            # arrays, of ints and (rewards) doubles, take a tenth of the memory of lists
             made += [Trajectory(*(array(kind, part) for kind, part in zip("iiidii", item))) for item in found]
             dropped, cut = dropped + (not found), cut + shorter
     return made, dropped, cut
@@ -529,7 +530,7 @@ def q_names(heads) -> list[str]:
 
 @torch.no_grad()
 def sync_targets(model: LanguageModel, rate: float) -> None:
-    """Polyak averaging: each weight of a target head moves by `rate` of its way to the Q head's."""
+    """Polyak averaging (IQL, Algorithm 1): each weight of a target head moves by `rate` of its way to the Q head's."""
     parameters = sharded_parameters(model)
     for name, online in parameters.items():
         if name.startswith("heads.q"):
@@ -545,8 +546,12 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: 
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
 
 
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
 def batch_loss_and_gradient(model: LanguageModel, batch: list[Trajectory], args: Args) -> dict[str, float]:
-    """Add the gradient of the mean loss over the actions of all trajectories; return such means, on all ranks."""
+    """Add the gradient of the mean of `ilql_loss` over the actions of all trajectories. Returns that mean and those of
+    its sums for the log, the same on all ranks."""
     world, count, sums = dist.get_world_size(), sum(len(item.actions) for item in batch), {}
     batch = sorted(batch, key=lambda item: len(item.prompt) + len(item.output))  # like lengths share a micro-batch
     goes_on = any(len(item.next_prompt) for item in batch)
@@ -574,13 +579,14 @@ def batch_loss_and_gradient(model: LanguageModel, batch: list[Trajectory], args:
 @torch.no_grad()
 def values_after(model: LanguageModel, items: list[Trajectory]) -> torch.Tensor:
     """V (M,) of the state after each of M trajectories that go on."""
+    # a rank that has none reads a single token all the same: all ranks make the same calls
     prompts = [[*item.next_prompt] for item in items] or [[0]]
     outputs = [[*item.next_output] for item in items] or [[]]
     inputs = collate(prompts, outputs, model.start_id, model.device)
-    last = inputs["mask"].long().cumsum(1) == inputs["mask"].sum(1, keepdim=True)
-    last &= inputs["mask"]
-    inputs["marked"] = last
-    return model.read("v", **{name: value for name, value in inputs.items() if name != "scored"})[: len(items), 0]
+    del inputs["scored"]
+    mask = inputs["mask"]
+    last = mask & (mask.long().cumsum(1) == mask.sum(1, keepdim=True))  # (M, T), each row's last real token
+    return model.read("v", **inputs, marked=last)[: len(items), 0]
 
 
 # --- sampling and evaluation ------------------------------------------------------------------------------------------
@@ -642,16 +648,6 @@ def sample(
                          top_p=top_p, batch_size=batch_size, stop_sequences=stop_sequences,
                          adjust_logits=steer(model, beta))
     return [item["output"] for item in items]
-
-
-def load_metric(spec: str | None, device: torch.device) -> Callable | None:
-    """The metric function that `--metric` names. A classifier's answers are called `score`."""
-    if spec is None or dist.get_rank():  # called on rank 0 alone
-        return None
-    if ":" in spec and not os.path.exists(spec):
-        return load_function(spec, "--metric")
-    classify = load_classifier(spec, "--metric", device, batch_size=64)
-    return lambda samples, **_: {"score": classify(samples)}
 
 
 def named(metric: str) -> tuple[str, str]:
@@ -723,7 +719,7 @@ def train(
         if "reward" not in row.columns:
             raise UserError(f"{row.where}: has no reward, only {listed(row.columns)}; --format can map rows")
     tokenizer = load_tokenizer(args.tokenizer or args.model) if args.tokenizer or args.model else walks_tokenizer()
-    date = pin_date(tokenizer, checkpoint)
+    date = pin_date(tokenizer, checkpoint)  # chat templates may write today's date
     lm = load_lm(args.model) if args.model else untrained_walker(args.seed)
     vocabulary = lm.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
@@ -757,15 +753,16 @@ def train(
         model.heads[f"target_{q}"].load_state_dict(model.heads[q].state_dict())
     dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
     prepare(model, dtype, device, shard_size=args.shard_size, offload=args.offload)
-    try_out(model)
+    try_out(model)  # an architecture that cannot be handled ends here, in one line
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
 
     # --- evaluation
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
-    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
-    own = [prompt_of(row, args.prompt_words or 4, args.history) for row in rows] if not walks else walks.starts
-    own = [row for row in own if walks or row["prompt"] not in empty]
+    # prompts of the run's own: what its rows begin with
+    own = [prompt_of(row, args.prompt_words or 4, args.history) for row in rows]
+    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # give the model nothing to start from
+    own = walks.starts if walks else [row for row in own if row["prompt"] not in empty]
     eval_rows, eval_ids = [], []
     if args.num_eval_prompts and (own or args.eval_prompts or eval_prompts is not None):
         eval_rows = load_prompts(eval_prompts, args.eval_prompts, "--eval-prompts", own, args.prompt_words)
@@ -786,15 +783,16 @@ def train(
             stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
 
     # --- loop
-    ahead = args.epochs * len(data)
-    planned = math.ceil(ahead / args.batch_size)
+    total_samples = args.epochs * len(data)
+    planned = math.ceil(total_samples / args.batch_size)
     steps = min(planned, args.max_steps or planned)
+    # the loop's state: with weights and optimizer, all that a checkpoint holds
     state = {"step": 0, "samples": 0, "actions": 0, "syncs": 0, "best": -math.inf, "date": date,
              "data": check_data(data, "--format")}
     if checkpoint:
-        found = state["data"]
+        checksum = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != found:
+        if state["data"] != checksum:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
 
     def save(name: str, batch: dict | None = None) -> str:
@@ -802,7 +800,7 @@ def train(
                         args.keep_checkpoints, args.keep_going, batch)
         return f"{folder}/{name}"
 
-    if args.replay:
+    if args.replay:  # run a saved batch again, row by row, and end
         saved = read_batch(args.replay)["trajectories"]
         batch = [Trajectory(*trajectory) for trajectory in saved]
         texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.output]) for row in batch))
@@ -823,8 +821,12 @@ def train(
             save(f"checkpoints/step-{state['step']}")
             raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         begun = time.time()
-        places = range(state["samples"], min(state["samples"] + args.batch_size, ahead))
+
+        # batch: the next rows, in an order that is shuffled anew each epoch
+        places = range(state["samples"], min(state["samples"] + args.batch_size, total_samples))
         batch = [data[shuffled(place, len(data), args.seed)] for place in places]
+
+        # update: the model, then the target heads
         metrics = batch_loss_and_gradient(model, batch, args)
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
         norm = optimizer_step(optimizer, rate, args.max_grad_norm, metrics["loss/total"], step, functools.partial(
@@ -840,6 +842,8 @@ def train(
                     "optim/grad_norm": norm, "optim/learning_rate": rate, "optim/target_syncs": state["syncs"],
                     "perf/seconds": seconds, "perf/samples_per_second": len(batch) / seconds,
                     "perf/tokens_per_second": read / seconds}
+
+        # evaluate, log, save
         if state["step"] % args.eval_every == 0 or state["step"] == steps:
             state["after"], outputs = evaluate()
             metrics |= state["after"]
@@ -858,12 +862,12 @@ def train(
         say(table("after training", evenly(outputs, 6)))
     after = state.get("after", state["before"])
     if after:
-        rows = comparison(state["before"], after)
+        lines = comparison(state["before"], after)
         if walks:
             found = walks.metric(walks.walks).items()
-            rows.append({"sampled with": "(the walks)",
-                         **{name: f"{sum(values) / len(values):.3f}" for name, values in found}})
-        say(table("before -> after training", rows))
+            lines.append({"sampled with": "(the walks)",
+                          **{name: f"{sum(values) / len(values):.3f}" for name, values in found}})
+        say(table("before -> after training", lines))
     say(f"model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 

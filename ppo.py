@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
+from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
 from common.data import check_data, encode_prompts, evenly, load_prompts, pin_date, prompt_room, shuffled
 from common.distributed import adamw, broadcast, gather_rows, generator, init, meet, optimizer_step, rank_rows
 from common.functions import ask, load_function
@@ -66,15 +66,14 @@ from common.models import (
     prepare,
     top_copy,
 )
-from common.randomwalks import cloned_walker, random_walks
-from common.randomwalks import tokenizer as walks_tokenizer
+from common.randomwalks import random_walks, write_cloned_walker
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
-    """PPO for language models. The head of this file explains the algorithm, README.md the metrics."""
+    """PPO for language models. The head of this file explains the algorithm, docs/ppo.md the metrics."""
 
     # model
     model: str | None = None
@@ -267,7 +266,7 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         not_negative=("seed", "min_new_tokens", "warmup_steps", "save_every", "clip_range", "clip_range_value",
                       "kl_coef", "vf_coef", "weight_decay", "num_value_layers", "lora_rank", "missing_eos_penalty"),
         unit=("gamma", "lam", "adam_beta1", "adam_beta2"))
-    check_sampling(args)
+    check_shared_flags(args)
     if args.min_new_tokens > args.max_new_tokens:
         raise UserError(f"--min-new-tokens {args.min_new_tokens} is more than --max-new-tokens {args.max_new_tokens}")
     if args.batch_size > args.rollout_batch_size:
@@ -288,7 +287,7 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         raise UserError("--reference-std is for --reward-scaling reference, and must be more than 0")
 
 
-# --- prompts and rewards ----------------------------------------------------------------------------------------------
+# --- rewards ----------------------------------------------------------------------------------------------------------
 
 
 def load_reward(args: Args, device: torch.device) -> Callable:
@@ -308,15 +307,15 @@ def load_reward(args: Args, device: torch.device) -> Callable:
 def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, args: Args) -> list:
     """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share
     of the samples, or rank 0 scores all."""
-    everything = args.reward_on == "rank0"
-    mine, real = (range(len(items)), [True] * len(items)) if everything else rank_rows(len(items))
-    chosen = [row for row, is_real in zip(mine, real) if is_real and not (everything and dist.get_rank())]
+    on_rank_0 = args.reward_on == "rank0"
+    mine, real = (range(len(items)), [True] * len(items)) if on_rank_0 else rank_rows(len(items))
+    chosen = [row for row, is_real in zip(mine, real) if is_real and not (on_rank_0 and dist.get_rank())]
     scores = []
     if chosen:
         mine_items, mine_rows = ([part[row] for row in chosen] for part in (items, rows))
         scores = ask(reward_fn, "reward", mine_items, mine_rows, tokenizer, args.reward_timeout)
     meet()
-    return broadcast(scores) if everything else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
+    return broadcast(scores) if on_rank_0 else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
 
 
 def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) -> tuple[list, tuple]:
@@ -381,7 +380,8 @@ def gae(
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Scale x (B, R) to variance 1, and shift it to mean 0 unless told not to, over real tokens (biased variance)."""
+    """Scale x (B, R) to variance 1, and shift it to mean 0 unless told not to, over real tokens (biased variance, as in
+    the code of arXiv 1909.08593, which without the shift scales the deviations alone and adds the mean back)."""
     count = mask.sum()
     mean = (x * mask).sum() / count
     variance = ((x - mean) ** 2 * mask).sum() / count
@@ -420,7 +420,8 @@ def value_loss(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float | None, episodes: int, horizon: int) -> float:
-    """The adaptive KL controller (arXiv 1909.08593, section 2.2): a step in proportion to the error, at most 20 %."""
+    """The adaptive KL controller (arXiv 1909.08593, section 2.2): the coefficient changes by the relative error of the
+    KL, at most 20 %, times episodes / horizon."""
     if target is None:
         return kl_coef
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * episodes / horizon)
@@ -463,8 +464,8 @@ def score_tokens(
     micro_batch_size: int,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """logprobs, ref_logprobs, values, entropy and mask, each (B, R), of all responses, on all ranks, which share the
-    work.
+    """Run policy, value and reference over all responses, on all ranks, which share the work: logprobs, ref_logprobs,
+    values, entropy and mask, each (B, R).
 
     Column t belongs to response token t; its value is that of the state before it. 0 and False where no token is.
     """
@@ -503,7 +504,7 @@ def build(
     args: Args, path: str, dtype: torch.dtype, device: torch.device, rules: LogitRules
 ) -> tuple[LanguageModel, Callable, object]:
     """The sharded policy with its value head, the reference's log-probs as a function of a batch (to be called right
-    after the policy's forward on it), and peft's wrapper if there is one."""
+    after the policy's forward on it, whose lower blocks it may reuse), and peft's wrapper if there is one."""
     options = dict(shard_size=args.shard_size, offload=args.offload)
     lm, lora, twin = load_lm(path), None, None
     branch = top_copy(lm, args.num_value_layers, whole=False, detach=False) if args.num_value_layers else None
@@ -536,8 +537,10 @@ def add_gradient(
     rules: LogitRules,
     args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Add the gradient of the loss of these rows of a rollout: a mean over their tokens, on all ranks. Returns of this
-    rank's the loss summed over tokens, sums for the log, and the largest ratio, from 1 in either direction."""
+    """Add the gradient of the loss of these rows of a rollout, a mean over their tokens on all ranks. Returns for this
+    rank's share of them the loss and numbers for the log, summed over tokens, and the largest ratio or 1 / ratio.
+
+    data: of `score_tokens`, with advantages and returns: each (B, R), for the whole rollout."""
     device, world = model.device, dist.get_world_size()
     # on the device until the end, so that a micro-batch need not wait for the one before it
     total, largest, sums = torch.zeros((), device=device), torch.ones((), device=device), {}
@@ -577,7 +580,7 @@ def update(
     rescue: Callable[..., str],
 ) -> dict[str, float]:
     """The optimizer steps of one rollout: epochs x minibatches x micro-batches. Returns means over tokens and ranks.
-    rescue(name, batch) saves what a step that is not finite was made of."""
+    data: see `add_gradient`. rescue(name, batch) saves what a step that is not finite was made of."""
     world, sums, ratios, tokens_seen = dist.get_world_size(), {}, [], 0
     shuffles = [generator(args.seed, 3, state["step"], epoch) for epoch in range(args.ppo_epochs)]
     orders = [torch.randperm(len(prompts), generator=shuffle) for shuffle in shuffles]
@@ -590,7 +593,7 @@ def update(
         tokens = data["mask"][minibatch].sum().item()
         tokens_seen += tokens
         ratios.append(ratio)
-        parts["optim/grad_norm"] = torch.tensor(norm * tokens / world)
+        parts["optim/grad_norm"] = torch.tensor(norm * tokens / world)  # all ranks know it: their sum counts it once
         sums = {name: sums.get(name, 0.0) + value.double() for name, value in parts.items()}
     sums = {name: value.item() for name, value in sums.items()}
     every = gather_rows([(sums, max(map(float, ratios)), float(ratios[0]) - 1)], world)
@@ -628,15 +631,10 @@ def train(
     on_walks = args.model is None or (args.reward == "randomwalks" and reward_fn is None)
     walks = random_walks(args.seed) if on_walks else None
     path = args.model or f"{folder}/start"
-    if args.model is None and broadcast(not os.path.exists(path)):
-        say("fitting a small GPT-2 to 1000 random walks ...")
-        if dist.get_rank() == 0:
-            cloned_walker(walks, args.seed).save_pretrained(path + ".tmp")
-            walks_tokenizer().save_pretrained(path + ".tmp")
-            os.replace(path + ".tmp", path)
-        dist.barrier()
+    if args.model is None:
+        write_cloned_walker(path, walks, args.seed)
     tokenizer = load_tokenizer(args.tokenizer or path)
-    date = pin_date(tokenizer, checkpoint)
+    date = pin_date(tokenizer, checkpoint)  # chat templates may write today's date
     reward_fn = reward_fn or load_reward(args, device)
     metric_fn = metric_fn or (walks.metric if walks else None)
     rows = load_prompts(prompts, args.prompts, "--prompts", walks.starts if walks else [""], args.prompt_words)
@@ -650,7 +648,7 @@ def train(
                        check_logit_mask(logit_mask, device))
     torch.manual_seed(args.seed)  # the value head is the same on every rank, whatever was drawn before
     model, reference, lora = build(args, path, dtype, device, rules)
-    try_out(model)
+    try_out(model)  # an architecture that cannot be handled ends here, in one line
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")
     betas = (args.adam_beta1, args.adam_beta2)
@@ -666,12 +664,13 @@ def train(
     planned = args.total_episodes // args.rollout_batch_size
     steps = min(planned, args.max_steps or planned)
     total_updates = planned * args.ppo_epochs * math.ceil(args.rollout_batch_size / args.batch_size)
+    # the loop's state: with weights and optimizer, all that a checkpoint holds
     state = {"step": 0, "episodes": 0, "tokens": 0, "updates": 0, "kl_coef": args.kl_coef, "moments": (0, 0.0, 0.0),
              "best": -math.inf, "date": date, "data": check_data([(array("i", row),) for row in ids + eval_ids], None)}
     if checkpoint:
-        data = state["data"]
+        checksum = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != data:
+        if state["data"] != checksum:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
 
     def save(name: str, batch: dict | None = None) -> str:
@@ -679,15 +678,15 @@ def train(
                         args.keep_checkpoints, args.keep_going, batch)
         return f"{folder}/{name}"
 
-    if args.replay:
+    if args.replay:  # run a saved batch again, row by row, and end
         data = read_batch(args.replay)
-        numbers, *batch = (data.pop(name) for name in ("rows", "prompts", "responses"))
+        minibatch, batch_prompts, responses = (data.pop(name) for name in ("rows", "prompts", "responses"))
 
-        def mean_loss(rows):
-            loss, _, _ = add_gradient(model, rows, *batch, data, rules, args)
-            return sum(gather_rows([loss.item()], dist.get_world_size())) / data["mask"][rows].sum().item()
+        def mean_loss(chosen):
+            loss, _, _ = add_gradient(model, chosen, batch_prompts, responses, data, rules, args)
+            return sum(gather_rows([loss.item()], dist.get_world_size())) / data["mask"][chosen].sum().item()
 
-        texts = {row: tokenizer.decode(batch[0][row] + batch[1][row]) for row in numbers}
+        texts = {row: tokenizer.decode(batch_prompts[row] + responses[row]) for row in minibatch}
         return replay(args.replay, optimizer, texts, mean_loss)
     log = RunLog(folder, args, state["step"], steps, args.track, started, args.keep_going)
 
@@ -711,7 +710,7 @@ def train(
         if stop_asked():
             save(f"checkpoints/step-{state['step']}")
             raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
-        started = time.time()
+        begun = time.time()
 
         # rollout: sample outputs, score them, run policy, value and reference once over them
         chosen = [shuffled(state["episodes"] + i, len(ids), args.seed) for i in range(args.rollout_batch_size)]
@@ -726,7 +725,7 @@ def train(
         sampled = pad_sequence([torch.tensor(item["logprobs"]) for item in items], batch_first=True)
         if step == first_step:
             check_start(sampled, data, step, dtype)
-        rollout_seconds = time.time() - started
+        rollout_seconds = time.time() - begun
         kl = kl_penalty(data["logprobs"], data["ref_logprobs"], "k1")
         mean_kl = (kl * mask).sum().item() / len(items)
         if args.max_kl is not None and mean_kl > args.max_kl:
@@ -749,16 +748,16 @@ def train(
 
         # update
         metrics |= update(model, optimizer, batch_prompts, responses, data, rules, state, total_updates, args, save)
-        rounding = 1e-2 if dtype == torch.float32 else 0.5
+        rounding = 1e-2 if dtype == torch.float32 else 0.5  # before the first step the ratio is 1 but for this
         if step == first_step and not metrics["policy/first_ratio_error"] < rounding:
             raise UserError(f"the first ratio is off by {metrics['policy/first_ratio_error']:.3f}: the update's "
                             "forward disagrees with the rollout's, so this architecture is not handled rightly here")
         state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())
 
-        # log, evaluate, save
+        # evaluate, log, save
         totals = torch.tensor([sum(score) if isinstance(score, list) else score for score in raw])
-        seconds = time.time() - started
+        seconds = time.time() - begun
         metrics |= {
             "episodes": state["episodes"], "tokens": state["tokens"],
             "rollout/score": totals.mean().item(), "rollout/score_std": totals.std(correction=0).item(),
@@ -790,8 +789,8 @@ def train(
         say(table("after training", samples[:: max(1, len(samples) // 5)][:5]))
     after = state.get("after", state["before"])
     before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
-    say("; ".join([*(f"{name[5:]} {before.get(name, '')}{value:.3f}" for name, value in after.items()),
-                   f"model in {folder}/model"]))
+    changes = [f"{name.removeprefix('eval/')} {before.get(name, '')}{value:.3f}" for name, value in after.items()]
+    say("; ".join([*changes, f"model in {folder}/model"]))
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import load_checkpoint, put_in_place, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_sampling, run, stop_asked
+from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
 from common.data import (
     chat_ends,
     check_data,
@@ -57,7 +57,7 @@ from common.data import (
 )
 from common.distributed import adamw, broadcast, gather_rows, generator, init, optimizer_step, rank_rows
 from common.functions import load_function
-from common.generation import evaluate_samples, try_out
+from common.generation import evaluate_samples, load_metric, try_out
 from common.metrics import RunLog, open_run, replay, say, table
 from common.models import (
     LanguageModel,
@@ -67,7 +67,6 @@ from common.models import (
     collate,
     end_tokens,
     export,
-    load_classifier,
     load_config,
     load_lm,
     load_tokenizer,
@@ -87,7 +86,7 @@ from common.samples import Example, Row, encode, fit, load_samples, prompt_of
 
 @dataclass
 class Args:
-    """SFT for language models. The head of this file explains the algorithm, README.md the metrics."""
+    """SFT for language models. The head of this file explains the algorithm, docs/sft.md the metrics."""
 
     # model
     model: str | None = None
@@ -242,7 +241,7 @@ def check(args: Args, samples: list | None = None) -> None:
                   "reward_timeout"),
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
-    check_sampling(args)
+    check_shared_flags(args)
     if args.max_length is not None and args.max_length < 2:
         raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
     given = samples is not None or args.dataset not in (None, "randomwalks")
@@ -325,7 +324,7 @@ def micro_batches(
         micro = slice(begin, begin + micro_batch_size)
         chosen, packed = [[examples[row] for row in lines[line]] for line in mine[micro]], {}
         if room:
-            prompts = [[] for _ in chosen]
+            prompts = [[] for _ in chosen]  # a line is one output, whose rows' prompts are not trained
             outputs = [[token for part in line for token in (*part.prompt, *part.output)] for line in chosen]
             trained = [[flag for part in line for flag in (*[0] * len(part.prompt), *part.trained)] for line in chosen]
             places = [[i for part in line for i in range(len(part.prompt) + len(part.output))] for line in chosen]
@@ -358,8 +357,12 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int, schedule: 
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
 
 
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
 def batch_loss(model: LanguageModel, examples: list[Example], room: int | None, micro_batch_size: int) -> float:
-    """Mean loss over the trained tokens of all examples, on all ranks; where gradients are on, adds its gradient."""
+    """Mean loss over the trained tokens of all examples, the same on all ranks; where gradients are on, also adds its
+    gradient. room: see `micro_batches`."""
     world, tokens = dist.get_world_size(), sum(sum(example.trained) for example in examples)
     total = torch.zeros((), device=model.device)
     for batch, weight in micro_batches(examples, room, micro_batch_size, model.start_id, model.device):
@@ -369,19 +372,6 @@ def batch_loss(model: LanguageModel, examples: list[Example], room: int | None, 
             (loss * world / tokens).backward()
         total += loss.detach()
     return sum(gather_rows([total.item()], world)) / tokens
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def load_metric(spec: str | None, device: torch.device) -> Callable | None:
-    """The metric function that `--metric` names. A classifier's answers are called `score`."""
-    if spec is None or dist.get_rank():  # called on rank 0 alone
-        return None
-    if ":" in spec and not os.path.exists(spec):
-        return load_function(spec, "--metric")
-    classify = load_classifier(spec, "--metric", device, batch_size=64)
-    return lambda samples, **_: {"score": classify(samples)}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -448,7 +438,7 @@ def train(
         tokenizer = walks_tokenizer()
     else:
         tokenizer = make_tokenizer(args, rows, folder, bool(checkpoint))
-    date = pin_date(tokenizer, checkpoint)
+    date = pin_date(tokenizer, checkpoint)  # chat templates may write today's date
     if args.model:
         lm = load_lm(args.model)
     else:
@@ -476,7 +466,7 @@ def train(
         train_top(lm, args.num_layers_unfrozen)
     lora = add_lora(lm, args.lora_rank, args.lora_alpha) if args.lora_rank else None
     model = LanguageModel(lm)
-    room = longest if args.packing == "rows" and packs_exactly(model) else None
+    room = longest if args.packing == "rows" and packs_exactly(model) else None  # of a line that rows share
     if args.packing == "rows":
         say(f"packing: rows share lines of {longest} tokens" if room else
             f"packing: a {type(lm).__name__} does not keep rows that share a line apart; each is padded instead")
@@ -484,13 +474,14 @@ def train(
         checkpoint_blocks(lm)
     dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
     prepare(model, dtype, device, shard_size=args.shard_size, offload=args.offload)
-    try_out(model)
+    try_out(model)  # an architecture that cannot be handled ends here, in one line
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = adamw(model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
 
     # --- evaluation
+    # prompts of the run's own: what its rows begin with
     own = [prompt_of(row, args.prompt_words or 4, args.history) for row in held_out or rows]
-    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # what has nothing to start from
+    empty = [[]] if start_token(tokenizer) is not None else [[], ""]  # give the model nothing to start from
     own = walks.starts if walks else [row for row in own if row["prompt"] not in empty]
     metric_fn = metric_fn or load_metric(args.metric, device) or (walks.metric if walks else None)
     eval_rows, eval_ids = [], []
@@ -513,19 +504,21 @@ def train(
                 max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
                 options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
                 stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
-            metrics = {**metrics, **found, **metrics}  # a metric_fn's `loss` is not the held-out one
+            # in this order, and a metric_fn's own `loss` does not replace the held-out one
+            metrics = {**metrics, **found, **metrics}
         return metrics, outputs
 
     # --- loop
-    total = args.epochs * len(examples)
-    planned = math.ceil(total / args.batch_size)
+    total_samples = args.epochs * len(examples)
+    planned = math.ceil(total_samples / args.batch_size)
     steps = min(planned, args.max_steps or planned)
+    # the loop's state: with weights and optimizer, all that a checkpoint holds
     state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "date": date,
              "data": check_data(examples + evals, "--format")}
     if checkpoint:
-        data = state["data"]
+        checksum = state["data"]
         state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != data:
+        if state["data"] != checksum:
             raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
 
     def save(name: str, batch: dict | None = None) -> str:
@@ -533,7 +526,7 @@ def train(
                         args.keep_checkpoints, args.keep_going, batch)
         return f"{folder}/{name}"
 
-    if args.replay:
+    if args.replay:  # run a saved batch again, row by row, and end
         batch = [Example(*example) for example in read_batch(args.replay)["examples"]]
         texts = dict(enumerate(tokenizer.decode([*row.prompt, *row.output]) for row in batch))
         return replay(args.replay, optimizer, texts,
@@ -552,9 +545,13 @@ def train(
             save(f"checkpoints/step-{state['step']}")
             raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
         begun = time.time()
-        places = range(state["samples"], min(state["samples"] + args.batch_size, total))
+
+        # batch: the next rows, in an order that is shuffled anew each epoch
+        places = range(state["samples"], min(state["samples"] + args.batch_size, total_samples))
         batch = [examples[shuffled(place, len(examples), args.seed)] for place in places]
-        loss = batch_loss(model, batch, room, args.micro_batch_size)
+
+        # update
+        loss = batch_loss(model, batch, room, args.micro_batch_size)  # adds its gradient, too
         rate = learning_rate_at(step, planned, args.learning_rate, args.warmup_steps, args.schedule)
         norm = optimizer_step(optimizer, rate, args.max_grad_norm, loss, step, functools.partial(
             save, batch={"examples": [[list(part) for part in example] for example in batch]}))
@@ -565,6 +562,8 @@ def train(
         metrics = {"samples": state["samples"], "tokens": state["tokens"], "epoch": state["samples"] / len(examples),
                    "loss/lm": loss, "optim/grad_norm": norm, "optim/learning_rate": rate, "perf/seconds": seconds,
                    "perf/samples_per_second": len(batch) / seconds, "perf/tokens_per_second": read / seconds}
+
+        # evaluate, log, save
         if state["step"] % args.eval_every == 0 or state["step"] == steps:
             state["after"], outputs = evaluate()
             metrics |= state["after"]
@@ -582,12 +581,12 @@ def train(
         say(table("after training", evenly(outputs, 5)))
     after = state.get("after", state["before"])
     before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
-    say("; ".join([*(f"{name[5:]} {before.get(name, '')}{value:.3f}" for name, value in after.items()),
-                   f"model in {folder}/model"]))
+    changes = [f"{name.removeprefix('eval/')} {before.get(name, '')}{value:.3f}" for name, value in after.items()]
+    say("; ".join([*changes, f"model in {folder}/model"]))
     if walks and "eval/invalid" in after:
-        data = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
+        invalid = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
         say(f"share of valid paths, over edges that exist to the goal: {1 - after['eval/invalid']:.3f}; of the walks "
-            f"it learned from: {1 - data:.3f}")
+            f"it learned from: {1 - invalid:.3f}")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

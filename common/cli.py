@@ -118,8 +118,8 @@ def check_bounds(args, positive: tuple[str, ...], not_negative: tuple[str, ...],
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be {bound}")
 
 
-def check_sampling(args) -> None:
-    """Raise UserError for settings of the model and of evaluation, as all scripts have them, that mean nothing."""
+def check_shared_flags(args) -> None:
+    """Raise UserError for values that mean nothing, of flags that all scripts have."""
     allowed = {"eval_temperature": lambda value: 0 <= value < math.inf, "eval_top_k": lambda value: value >= 0,
                "eval_top_p": lambda value: 0 < value <= 1, "stop": bool}
     for name, allow in allowed.items():

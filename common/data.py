@@ -1,4 +1,4 @@
-"""Rows from files and the Hub, prompts as token ids, the order of the data; users' functions found, called, checked."""
+"""Rows from files and the Hub, prompts and dialogues as token ids, rows packed into lines, the order of the data."""
 
 import bisect
 import contextlib
@@ -248,7 +248,8 @@ def chat_ends(ids: list[int], tokenizer) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1)
 def _closing(tokenizer, _template) -> list[int]:
-    """What the chat template writes between a user's words and the answer, last token first."""
+    """What the chat template writes between a user's words and the answer, last token first. _template: for the cache,
+    since a user may give the tokenizer another."""
     with contextlib.suppress(UserError):  # a template may refuse a user's message alone
         return os.path.commonprefix([chat_ids([{"role": "user", "content": said}], tokenizer,
                                               add_generation_prompt=True)[::-1] for said in "ab"])
@@ -321,8 +322,9 @@ def _chat(messages, tokenizer, **options):
 def chat_turns(
     messages: list[dict], tokenizer, ends: tuple[int, ...], first: int = 0, split: bool = False
 ) -> list[tuple[list[str], list[bool]]]:
-    """Messages as rows of turns, texts by the tokenizer's chat template, and which of the turns the assistant says in
-    `messages[first:]`, each with the token that ends it: one of `ends` or another special one.
+    """Messages written out by the tokenizer's chat template: rows of turns, which are texts, and for each turn whether
+    it is what the assistant says in one of `messages[first:]`. Such a turn includes the token that ends it, one of
+    `ends` or another special one.
 
     One row, where the template tells: by its own {% generation %} marks, or because what it writes for the messages up
     to an assistant's is how it begins for more of them. Otherwise (Qwen3 leaves out earlier thoughts), or with `split`,

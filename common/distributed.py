@@ -1,4 +1,4 @@
-"""Process group, device, seeds, FSDP2 sharding, gathers. One code path for one and for many processes."""
+"""Process group, device, seeds, FSDP2 sharding, gathers, the optimizer: one code path for one and many processes."""
 
 import contextlib
 import ctypes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from transformers.cache_utils import DynamicLayer
 from common.cli import UserError
 from common.data import short, whole_text
 from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
-from common.functions import ask
+from common.functions import ask, load_function
 from common.graphs import FixedBatch
-from common.models import LanguageModel, LogitRules, collate, pad_rows
+from common.models import LanguageModel, LogitRules, collate, load_classifier, pad_rows
 
 
 @dataclass
@@ -141,6 +142,7 @@ class _Batch:
     joins: bool
     """whether rows can join: left-padded ones with plain layers"""
     fixed = False
+    """whether shapes never change: true of a `FixedBatch`, which has the same methods"""
 
     def going(self) -> list[int]:
         """The places of the rows that have not ended."""
@@ -233,6 +235,7 @@ def generate(
     result = Generation([[] for _ in prompts], [[] for _ in prompts], [False] * len(prompts))
     if not limit or not (prompts or synced):
         return result
+    # a rank that has no prompts still takes part when synced, with a row of its own that nobody reads
     uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, limit, device=device)
     most = min(batch_size or len(prompts), len(prompts)) or 1
     fixed = (device.type == "cuda" if fixed is None else fixed) and not synced and model.takes_positions
@@ -253,6 +256,7 @@ def generate(
     while True:
         free = most - (len(batch.going()) if batch else 0)
         fresh = None
+        # read new prompts once all rows have ended, or where they can join, once a quarter of the places is free
         if batch is None or waiting and (free == most or batch.joins and 4 * free >= most):
             rows, waiting = sorted(waiting[:free]), waiting[free:]
             fresh, logits, states = _begin(model, rows or [None], [prompts[row] for row in rows] or [[0]])
@@ -276,6 +280,7 @@ def generate(
             dist.all_reduce(left, dist.ReduceOp.MAX)
         if not left:
             return result
+        # no row will join soon: drop those that have ended once they are a quarter
         if (not (waiting and batch.joins or batch.fixed) and len(batch.going()) <= 0.75 * len(batch.rows)
                 and len(batch.rows) > 1):
             batch = batch.keep()
@@ -333,6 +338,16 @@ def sample_texts(
     return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
 
 
+def load_metric(spec: str | None, device: torch.device) -> Callable | None:
+    """The metric function that `--metric` names. A classifier's answers are called `score`."""
+    if spec is None or dist.get_rank():  # called on rank 0 alone
+        return None
+    if ":" in spec and not os.path.exists(spec):
+        return load_function(spec, "--metric")
+    classify = load_classifier(spec, "--metric", device, batch_size=64)
+    return lambda samples, **_: {"score": classify(samples)}
+
+
 def evaluate_samples(
     model: LanguageModel,
     tokenizer,
@@ -354,10 +369,10 @@ def evaluate_samples(
     """Sample `repeats` outputs for each prompt; return the means of their metrics, as eval/NAME, and the samples.
 
     Done once for each combination of the list-valued `options` (temperature, top_k, top_p), whose names and values are
-    added to a metric's name where there are several; choose(**values) turns all but temperature into those of
-    `generate`, if they are others. The random numbers are the same each time, so that two evaluations
-    compare well. metric_fn: a user's function, asked on rank 0 (see `ask`). score(items, rows) -> lists, one
-    value a sample, called on all ranks. columns: which lists stand beside the samples; all of them by default.
+    added to a metric's name where there are several. choose(**values), the temperature left out, gives the options of
+    `generate`; by default they are those. The random numbers are the same each time, so that two evaluations compare
+    well. metric_fn: a user's function, asked on rank 0 (see `ask`). score(items, rows) -> lists, one value a sample,
+    called on all ranks. columns: which lists stand beside the samples; all of them by default.
     """
     prompts, rows = ([row for row in every for _ in range(repeats)] for every in (prompts, rows))
     uniforms = noise(generator(seed, 2), len(prompts), max_new_tokens)

@@ -1,8 +1,8 @@
 """Language models for training: one forward that returns token log-probs and head outputs, reference models, loading.
 
-Nothing here knows an architecture. Blocks are the model's longest list of modules, the trunk is what transformers calls
-the decoder, and the head is the model itself with its trunk taken out, so that whatever a model does
-around its head (scaling, soft-capping, biases) is done here too.
+Nothing here knows an architecture. Blocks are the members of a model's lists of modules, the trunk is what transformers
+calls the decoder, and the head is the model itself with its trunk taken out, so that whatever a model does around its
+head (scaling, soft-capping, biases) is done here too.
 """
 
 import contextlib
@@ -315,14 +315,14 @@ class LogitRules:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def pad_rows(rows: list[list], fill, left: bool = False, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: list[list], fill, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged rows as a (B, T) tensor filled up with `fill`, and a (B, T) bool mask of what is real."""
     width = max(map(len, rows), default=0)
     spare = [[fill] * (width - len(row)) for row in rows]
     values = [blank + list(row) if left else list(row) + blank for row, blank in zip(rows, spare)]
     lengths, places = torch.tensor([len(row) for row in rows])[:, None], torch.arange(width)
     mask = places >= width - lengths if left else places < lengths
-    return torch.tensor(values, **options).reshape(len(rows), width), mask
+    return torch.tensor(values).reshape(len(rows), width), mask
 
 
 def collate(
@@ -335,8 +335,8 @@ def collate(
     """Token-id lists as inputs of `LanguageModel.forward`: right-padded, with masks made from lengths alone.
 
     Causal models (start_id None): ids = prompt + response. Encoder-decoder models: the prompt goes to the encoder and
-    ids = start token + response. `scored` marks the response tokens, which are the ones to be scored; where `trained`
-    is given, those of them that it marks.
+    ids = start token + response. Returns ids, mask and scored, each (B, T), and for encoder-decoders encoder_ids and
+    encoder_mask (B, P). scored: the response tokens, or those of them that `trained` marks.
     """
     heads = prompts if start_id is None else [[start_id]] * len(prompts)
     ids, mask = pad_rows([head + response for head, response in zip(heads, responses)], 0)
@@ -433,9 +433,9 @@ class TokenHead(nn.Sequential):
         super().__init__(*make_head(width, outputs))
 
     def forward(self, states: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (N, H) -> all outputs (N, V). With tokens (N,): the outputs of these (N, 1) from a frozen head,
-        which needs no others; else, with the log-sum-exp of all beside them, (N, 2), computed as the logits are: CHUNK
-        numbers at a time, again in the backward."""
+        """Hidden states (N, H) -> all outputs (N, V). With tokens (N,), a trained head gives each token's output and
+        the log-sum-exp of all outputs (N, 2), CHUNK numbers at a time and again in the backward, as logits are made; a
+        frozen head gives the token's output alone (N, 1)."""
         inner, last = self[1](self[0](states)), self[2]
         if tokens is None:
             return last(inner)
@@ -575,7 +575,8 @@ class LanguageModel(nn.Module):
         return self.heads[head](hidden[marked])
 
     def encode(self, encoder_ids, encoder_mask):
-        """Encoder states (B, P, H) of an encoder-decoder model, for `decode`."""
+        """Encoder states (B, P, H) of an encoder-decoder model, for `decode`. `forward` calls `_encode`: FSDP
+        gathers the root's parameters around this method, and would let go of them within `forward`."""
         return self._encode(encoder_ids, encoder_mask)
 
     def decode(self, ids, mask, cache=None, encoder_states=None, encoder_mask=None):
@@ -656,7 +657,7 @@ def shares_exactly(model: LanguageModel, longest: int) -> bool:
 # --- copies of the top blocks, references -----------------------------------------------------------------------------
 
 
-class Replay(nn.Module):
+class _Recorded(nn.Module):
     """Stands in for the blocks below a cut: returns what the policy's last block below it has just returned."""
 
     def __init__(self, detach: bool):
@@ -686,9 +687,9 @@ class _NoEmbedding(nn.Module):
 def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.Module:
     """A copy of the top `layers` blocks of `lm` and of all above them, fed by the forward of `lm` itself.
 
-    whole: copy the LM with its head, else only its trunk. Everything below the cut, an encoder too, is a `Replay` that
-    returns what `lm` computed there in its last forward: one trunk pass serves both, for any architecture, since each
-    block is called by the model's own code with that model's own arguments. detach: record without gradient.
+    whole: copy the LM with its head, else only its trunk. Everything below the cut, an encoder too, is a `_Recorded`
+    that returns what `lm` computed there in its last forward: one trunk pass serves both, for any architecture, since
+    each block is called by the model's own code with that model's own arguments. detach: record without gradient.
     """
     trunk = trunk_of(lm)
     blocks = max(block_lists(trunk), key=len)
@@ -696,13 +697,13 @@ def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.
     if not 0 < cut < len(blocks):
         raise UserError(f"--num-layers-unfrozen or --num-value-layers {layers}: the model has {len(blocks)} layers, "
                         f"so choose 1 to {len(blocks) - 1}")
-    memo, replays = {}, [Replay(detach)]
+    memo, stand_ins = {}, [_Recorded(detach)]
     sources = [blocks[cut - 1]]
-    memo.update({id(block): replays[0] for block in blocks[:cut]})  # deepcopy finds these already "copied"
+    memo.update({id(block): stand_ins[0] for block in blocks[:cut]})  # deepcopy finds these already "copied"
     if whole and lm.config.is_encoder_decoder:
         sources.append(lm.get_encoder())
-        replays.append(Replay(detach))
-        memo[id(sources[1])] = replays[1]
+        stand_ins.append(_Recorded(detach))
+        memo[id(sources[1])] = stand_ins[1]
     embedded = lm.get_input_embeddings().weight
     if not (whole and lm.get_output_embeddings().weight is embedded):
         for module in trunk.modules():
@@ -711,8 +712,8 @@ def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.
     twin = copy.deepcopy(lm if whole else trunk, memo)
     for module in twin.modules():
         module._forward_hooks.clear()
-    for source, replay in zip(sources, replays):
-        source.register_forward_hook(replay.record)
+    for source, stand_in in zip(sources, stand_ins):
+        source.register_forward_hook(stand_in.record)
     return twin
 
 

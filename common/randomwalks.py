@@ -5,12 +5,17 @@ path written in letters, one a node, with the goal `a`: "sda" walks from s over 
 """
 
 import dataclasses
+import os
 from collections import deque
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from common.distributed import broadcast
+from common.metrics import say
 
 LETTERS = "abcdefghijklmnopqrstu"
 GOAL = 0
@@ -41,7 +46,8 @@ class RandomWalks:
         return None
 
     def metric(self, samples: list[str], **_) -> dict[str, list[float]]:
-        """Of each sample: optimality, 1 for a shortest path, 0 for max_length nodes or an invalid one; and invalid."""
+        """For each sample its optimality, 1 for a shortest path, 0 for max_length nodes or an invalid path, and in
+        between in proportion (trlX's measure); and invalid, 1 where `length` has none."""
         optimality, invalid = [], []
         for sample in samples:
             length = self.length(sample)
@@ -129,3 +135,15 @@ def cloned_walker(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model
+
+
+def write_cloned_walker(path: str, walks: RandomWalks, seed: int) -> None:
+    """Write `cloned_walker` and its tokenizer to the folder `path`, unless they are there. All ranks must call."""
+    if broadcast(os.path.exists(path)):
+        return
+    say("fitting a small GPT-2 to 1000 random walks ...")
+    if dist.get_rank() == 0:
+        cloned_walker(walks, seed).save_pretrained(path + ".tmp")
+        tokenizer().save_pretrained(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    dist.barrier()

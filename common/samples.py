@@ -24,8 +24,8 @@ class Example(NamedTuple):
     """One sequence to train on, as token ids. A causal model reads prompt + output; an encoder reads the prompt."""
 
     prompt: Sequence[int]  # all before the first trained token, or the first token of a text; never empty
-    output: Sequence[int]  # all after it; never empty
-    trained: Sequence[int]  # which tokens of the output are: the number of the row's output that each is of, else 0
+    output: Sequence[int]  # all after it; empty only where nothing is left to train (see `fit`, `encode`)
+    trained: Sequence[int]  # for each token of the output: 0 if not trained, else the row's output it is of, from 1
 
 
 class Row(NamedTuple):
@@ -131,9 +131,9 @@ def encode(
     """The examples of each row: one for a causal model (but see `chat_turns`), one for each output for an
     encoder-decoder, none where there is nothing to train. Each ends in an end token, added where the data has none.
 
-    history: an example for each output of turns, which sees only so many texts before it. open_ended: where a row ends
-    with what is not trained, no end token is added to its last output, and an example without an output follows, the
-    whole prompt that an answer would have; and a last output that is empty is an end token, all the same.
+    history: an example for each output of turns, which sees only so many texts before it. open_ended: a row that
+    ends with what is not trained has no end token added to its last output, and one more example, without an output:
+    the whole prompt that the next answer would have. And an empty output at a row's end becomes an end token.
     """
     apart, found = seq2seq or history is not None, []
     for row in rows:
@@ -147,7 +147,7 @@ def encode(
                          [(row.turns, row.said)])
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        asks = open_ended and not row.messages and not row.said[-1]
+        asks = open_ended and not row.messages and not row.said[-1]  # ends with a turn that waits for an answer
         if apart and row.said != [True]:  # the prompt is all that comes before an output, or what of it is given
             parts = [(turns, [*said, True] if asks else said) for turns, said in found[-1]]
             found[-1] = [(["".join(turns[max(0, i - (history or i)) : i]), *turns[i : i + 1]],

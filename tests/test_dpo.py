@@ -1505,7 +1505,7 @@ def test_a_classifier_measures_score(monkeypatch, model_path, tmp_path):
         assert (path, flag) == ("some/classifier", "--metric")
         return lambda samples: [len(sample) / 10 for sample in samples]
 
-    monkeypatch.setattr(dpo, "load_classifier", load)
+    monkeypatch.setattr("common.generation.load_classifier", load)
     folder = run(tmp_path, model_path("gpt2"), num_eval_prompts=2, metric="some/classifier", max_steps=1)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert samples and all(sample["score"] == len(sample["prompt"] + sample["output"]) / 10 for sample in samples)

@@ -559,6 +559,9 @@ def test_token_rewards_after_an_empty_prompt_without_bos_and_eos():
             [[1, 2], [3, 4]]), reply(["x", "ab"], [[1, 2]])]
     assert written_of(rows, tokenizer, ends=()) == [
         ("a[bc]", [2, 3], ""), ("a[b]c[de]", [2, 3, 4], ""), ("x[ab]", [1, 2], "")]
+    mixed = [reply(["", "ab", "c", "de"], rewards) for rewards in ([[0, 1], [3, 4]], [1, [3, 4]])]
+    first, second = written_of(mixed, tokenizer, ends=())
+    assert first == second, "the second output's first token is an action, whatever the first output's reward is"
 
 
 VARIED = [reply(FOUR, 2), reply(FOUR, [1, -4]), reply(FOUR, [[1, 2], [0, 0.5]]), reply(FOUR, [3, [5, 1, 1]]),

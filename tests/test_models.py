@@ -675,8 +675,8 @@ def test_pad_rows(left):
 def test_pad_rows_of_nothing_and_of_other_kinds():
     values, mask = pad_rows([], 0)
     assert values.shape == mask.shape == (0, 0)
-    values, mask = pad_rows([[0.5], [1.5, 2.5]], 0.0, dtype=torch.float64)
-    assert values.tolist() == [[0.5, 0.0], [1.5, 2.5]] and values.dtype == torch.float64
+    values, mask = pad_rows([[0.5], [1.5, 2.5]], 0.0)
+    assert values.tolist() == [[0.5, 0.0], [1.5, 2.5]] and values.dtype == torch.float32
     assert pad_rows([[True], [False, True]], False)[0].dtype == torch.bool
 
 
