@@ -79,7 +79,7 @@ def test_commands_of_the_readme_and_of_the_docs_use_flags_that_exist():
         commands = [(page.name, command) for page in pages for command in commands_of(script, page.read_text())]
         assert commands, f"no page has a command of {script}"
         for page, command in commands:
-            for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
+            for flag in re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", command):
                 assert {flag, flag.replace("--no-", "--", 1)} & names, f"{page}: {script} has no flag {flag}"
 
 
