@@ -527,9 +527,10 @@ def test_wandb_works_offline(model_path, tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
-def test_random_walks_are_learned(tmp_path):
+def test_random_walks_are_learned(started, tmp_path):
     """The bar of a short run: from below 0.3 to above 0.75 in 12 steps, some 30 seconds on one core."""
-    done = run_script("ppo.py", "--output-dir", str(tmp_path / "run"), "--max-steps", "12", "--eval-every", "12")
+    done = run_script("ppo.py", "--model", str(started[0] / "start"), "--reward", "randomwalks", "--output-dir",
+                      str(tmp_path / "run"), "--max-steps", "12", "--eval-every", "12")
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run")
     assert rows[0]["eval/optimality"] < 0.3 and rows[-1]["eval/optimality"] > 0.75

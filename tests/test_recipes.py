@@ -97,7 +97,7 @@ SMALLER = {
 AT_MOST = {"--num-layers-unfrozen": 2, "--min-new-tokens": 2, "--max-length": 64}  # for 3 layers, 64 positions
 MODEL_FLAGS = ("--model", "--tokenizer", "--metric", "--reward", "--reward-model", "--from-config", "REWARD_MODEL")
 DATA_FLAGS = ("--dataset", "--eval-dataset", "--prompts", "--eval-prompts")
-TORCHRUN = ("--output-dir runs/tldr-ppo", "--dataset tatsu-lab/alpaca:train")  # in these: two processes, really
+TORCHRUN = ("--output-dir runs/tldr-ppo",)  # in these: two processes, really
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
