@@ -1,6 +1,6 @@
 """An ILQL step against the same step in plain eager PyTorch, written below: steps per second, and peak memory.
 
-    python benchmarks/ilql.py --model ../shared/data/models/imdb-gpt2-mini
+    python benchmarks/ilql_vs_eager.py --model ../shared/data/models/imdb-gpt2-mini
 
 Both take the same ragged random trajectories from the same weights through the same losses, AdamW and the sync of the
 targets, and must find the same loss and gradient norm, else the run is worth nothing. What differs: the plain step has
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import versus  # noqa: E402
 
-sys.path.insert(0, str(versus.ROOT))  # before this folder, so that `import ilql` does not find this file
+sys.path.insert(0, str(versus.ROOT))
 SHORTEST, LONGEST, RATE = 20, 160, 1e-5
 
 
