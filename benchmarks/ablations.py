@@ -289,10 +289,10 @@ def page(script: str, rows: list[dict]) -> str:
               "|---|---|---|" + "---|" * len(watched)]
     for name, found in runs.items():
         refused = sorted({row["refused"] for row in found.values() if "refused" in row})
-        if len(found) < 5 and not refused:  # too few for a figure
+        if len(found) < 5 and not refused:  # too few seeds for a figure
             continue
         if refused:
-            message = refused[0].removeprefix("error: ").removeprefix(f"{script}: ")
+            message = refused[0].removeprefix(f"{script}: error: ")
             cells = [f"refused at the start: \"{message}\"", *[""] * (len(watched) + 1)]
         else:
             numbers = {key: [row[key] for row in found.values()] for key in ["eval/optimality", *watched]}
