@@ -12,7 +12,8 @@ let all of them in; while at the top, where they tie too, all of the best are in
 2. The loss is on outputs alone, on the tokens that were sampled, EOS where it was; not on prompts, and not on pads.
 3. The samples are shuffled, anew in each pass; a step's loss is a mean over its tokens (`sft.batch_loss`).
 4. The last improve step has the end percentile, which trlX's never reaches.
-5. Random walks, the default task, starts from the walker of ppo.py.
+5. The learning rate falls to 0 over the rounds. `--most-per-prompt` bounds what a round trains on, as archives grow.
+6. Random walks, the default task, starts from the walker of ppo.py.
 
 Runs under torchrun, too. There are no checkpoints: DIR/model is written at the end.
 

@@ -288,7 +288,8 @@ def test_rejection_sampling_of_a_model(model_path, tmp_path, capsys, monkeypatch
     refused(["--output-dir", "already"], rft.main, args)
     for flags in (dict(model=args.model, prompts=prompts), dict(model=args.model, reward=args.reward),
                   dict(reward=args.reward)):
-        refused(["--reward", "none of them"], rft.main, rft.Args(**flags, output_dir=f"{tmp_path}/other"))
+        short = rft.Args(**flags, rounds=1, generations=2, output_dir=f"{tmp_path}/other")
+        refused(["--reward", "none of them"], rft.main, short)
 
 
 def test_rejection_sampling_of_random_walks(tmp_path, capsys, monkeypatch):
