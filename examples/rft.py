@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo  # noqa: E402
@@ -40,8 +39,7 @@ from common.distributed import adamw, broadcast, generator, init, optimizer_step
 from common.generation import noise, sample_texts, try_out  # noqa: E402
 from common.metrics import say  # noqa: E402
 from common.models import LanguageModel, LogitRules, end_tokens, export, load_lm, load_tokenizer, prepare  # noqa: E402
-from common.randomwalks import cloned_walker, random_walks  # noqa: E402
-from common.randomwalks import tokenizer as walks_tokenizer  # noqa: E402
+from common.randomwalks import random_walks, write_cloned_walker  # noqa: E402
 from common.samples import Example  # noqa: E402
 
 
@@ -141,10 +139,8 @@ def main(args: Args):
     path = args.model or f"{args.output_dir}/start"
     if broadcast(os.path.exists(f"{args.output_dir}/model")):
         raise UserError(f"--output-dir {args.output_dir}: holds a model already; choose another")
-    if args.model is None and dist.get_rank() == 0:
-        cloned_walker(random_walks(args.seed), args.seed).save_pretrained(path)
-        walks_tokenizer().save_pretrained(path)
-    dist.barrier()
+    if args.model is None:
+        write_cloned_walker(path, random_walks(args.seed), args.seed)
 
     # --- what ppo.py samples with and scores by
     scoring = ppo.Args(reward=args.reward, seed=args.seed)

@@ -21,6 +21,7 @@ import simulacra  # noqa: E402
 
 import dpo  # noqa: E402
 import ppo  # noqa: E402
+from common import randomwalks  # noqa: E402
 from common.cli import UserError  # noqa: E402
 from common.data import read_rows  # noqa: E402
 from common.models import load_classifier, load_lm, load_tokenizer  # noqa: E402
@@ -294,7 +295,7 @@ def test_rejection_sampling_of_a_model(model_path, tmp_path, capsys, monkeypatch
 
 def test_rejection_sampling_of_random_walks(tmp_path, capsys, monkeypatch):
     """Two rounds are enough to be better than the start, a walker that has seen the walks twice."""
-    monkeypatch.setattr(rft, "cloned_walker", functools.partial(rft.cloned_walker, epochs=2))
+    monkeypatch.setattr(randomwalks, "cloned_walker", functools.partial(randomwalks.cloned_walker, epochs=2))
     args = rft.Args(**{**rft.preset(rft.Args()), "rounds": 2, "generations": 20, "output_dir": str(tmp_path / "run")})
     means = rft.main(args)
     assert means[-1] > means[0] + 0.1 and "round 2" in capsys.readouterr().out
