@@ -222,6 +222,8 @@ def run(script: str, fault: Fault, seed: int, work: Path, keep: str) -> dict:
         words += ["--model", str(work / f"start-{seed}")]
     code, log = forked(folder, script, words)
     made = {"script": script, "fault": fault.name, "seed": seed}
+    if code not in (0, 2):  # 2: the script has said in one line what is wrong
+        raise UserError(f"{script}, {fault.name}, seed {seed}: exit code {code}\n{log[-3000:]}")
     if code:
         made["refused"] = log.strip().splitlines()[-1]
     else:
@@ -330,6 +332,8 @@ def main() -> None:
     """Run, show or write, as the flags say."""
     try:
         args = parse(Args)
+        if args.jobs < 1 or min(args.seeds, default=0) < 0:
+            raise UserError("--jobs must be 1 or more, and --seeds 0 or more")
         if args.diff:
             show(args.diff)
         elif args.write:
@@ -337,7 +341,7 @@ def main() -> None:
         else:
             run_all(args)
     except UserError as error:
-        leave(2, str(error))
+        leave(2, f"error: {error}")
 
 
 if __name__ == "__main__":
