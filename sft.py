@@ -5,7 +5,7 @@ al. 2018, Eq. 1), the outputs of prompt and output, the assistant's turns of a d
 
 Differences from the papers, and from trlX where it differs from them:
 1. The loss of a step is a sum over its trained tokens divided by their number, whatever the micro-batches, ranks and
-   padding. trlX and Hugging Face take means of micro-batches, which weight a token by the company it is in.
+   padding. trlX takes means of micro-batches, which weight a token by the company it is in.
 2. EOS is added once, at the end of a row, and trained, so that length is learned. trlX adds none to texts.
 3. Rows are shuffled anew each epoch, alike on every number of processes. trlX does not shuffle.
 4. In a row that is too long the prompt gives way to the output, but keeps half of the window; what still does not fit

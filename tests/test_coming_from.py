@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import shlex
 
 import pytest
@@ -148,8 +149,8 @@ def test_our_examples_run(code, tmp_path, monkeypatch):
     char_tokenizer().save_pretrained("gpt2")
     for name, value in SMALL.items():
         code = re.sub(rf"\b{name}=\d+", f"{name}={value}", code)
-    made = {}
-    exec(code, made)
+    (tmp_path / "example.py").write_text(code)
+    made = runpy.run_path("example.py")
     runs = sorted(path.parent for path in tmp_path.glob("**/args.yaml"))
     trained = {name for name in ("ppo", "ilql", "sft", "dpo") if name in made}
     assert len(runs) == len(trained) > 0

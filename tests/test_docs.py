@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -100,11 +101,12 @@ def test_pages_have_the_same_headings(script):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_examples_come_out_as_written(path):
+def test_examples_come_out_as_written(path, tmp_path):
     codes = examples(path.read_text())
     assert codes or path.stem + ".py" not in SCRIPTS, f"{path.name} has no example that runs"
     for code in codes:
-        exec(compile(code, path.name, "exec"), {})
+        (tmp_path / "example.py").write_text(code)
+        runpy.run_path(str(tmp_path / "example.py"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -493,8 +494,7 @@ def test_a_script_runs_when_copied_elsewhere_with_common_and_changed(started, tm
                       "--reward", "reward.py:short", "--max-new-tokens", "9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "ppo-start-1" / "model" / "config.json").exists()
-    changed = {}
-    exec(compile(text, "ppo.py", "exec"), changed)
+    changed = runpy.run_path(str(tmp_path / "ppo.py"))
     rewards, mask = torch.tensor([[1.0, 0], [0, 5], [2, 2], [3, 0]]), torch.tensor([[1, 0], [1, 1], [1, 1], [1, 0]])
     advantages = changed["leave_one_out"](rewards, [[4], [5], [4], [4]], mask.bool())
     assert torch.allclose(advantages, torch.tensor([[1 - 3.5, 0], [0, 0], [4 - 2, 4 - 2], [3 - 2.5, 0]]))
