@@ -82,6 +82,15 @@ def read_rows(path: str, flag: str) -> list[dict]:
     return rows
 
 
+def write_rows(path: str, rows: list[dict], flag: str) -> None:
+    """Write rows as a `.jsonl` file. Raises UserError naming the flag where it cannot be written."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
+
+
 def _open(path: str):
     opener = gzip.open if path.lower().endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")

@@ -8,7 +8,6 @@ The first word is a function of this file, from a row to a list of rows; the sec
 name:configuration:split.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from formats import alpaca, tldr_pair  # noqa: E402
 
 from common.cli import UserError, run  # noqa: E402
-from common.data import listed  # noqa: E402
+from common.data import listed, write_rows  # noqa: E402
 
 
 @dataclass
@@ -90,11 +89,7 @@ def main(args: Args) -> None:
         rows = [made for row in data for made in functions[args.function](row)]
     except KeyError as error:
         raise UserError(f"{args.dataset}: has no column {error}, only {listed(data.column_names)}") from None
-    try:
-        with open(args.output, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror}") from None
+    write_rows(args.output, rows, "--output")
     print(f"{len(rows)} rows in {args.output}")
 
 

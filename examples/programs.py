@@ -8,7 +8,6 @@ trlX's grounded program synthesis, with a language of its own. A row has prompt,
 of 1 to 3 operations, not always the shortest), and the columns input and target, which the reward reads.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from rewards import OPERATIONS, interpret  # noqa: E402
 
 from common.cli import UserError, check_bounds, run  # noqa: E402
+from common.data import write_rows  # noqa: E402
 
 
 @dataclass
@@ -62,11 +62,7 @@ def main(args: Args) -> None:
     """Write the file."""
     check_bounds(args, positive=("count",), not_negative=("seed",), unit=())
     rows = problems(args.count, args.seed)
-    try:
-        with open(args.output, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror}") from None
+    write_rows(args.output, rows, "--output")
     print(f"{len(rows)} problems in {args.output}; the first: {rows[0]['prompt']}{rows[0]['completion']}")
 
 

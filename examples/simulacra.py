@@ -8,7 +8,6 @@ Of the database are read: generations (id, prompt), images (id, and gid, the gen
 image it is of, and rating). A row is one rating, as in trlX's example: a prompt comes as often as it was rated.
 """
 
-import json
 import sqlite3
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.cli import UserError, run  # noqa: E402
+from common.data import write_rows  # noqa: E402
 
 QUERY = """
     SELECT generations.prompt, ratings.rating
@@ -54,11 +54,7 @@ def rated_prompts(path: str) -> list[dict]:
 def main(args: Args) -> None:
     """Write the file."""
     rows = rated_prompts(args.database)
-    try:
-        with open(args.output, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror}") from None
+    write_rows(args.output, rows, "--output")
     mean = sum(row["reward"] for row in rows) / len(rows)
     print(f"{len(rows)} ratings of {len({row['text'] for row in rows})} prompts in {args.output}; mean {mean:.2f}")
 
