@@ -1,10 +1,15 @@
 """Tiny random models of every kind of architecture, tokenizers made here, and scripts run as a user runs them."""
 
 import copy
+import functools
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,16 +114,45 @@ def model_path(tmp_path_factory):
     return path
 
 
+def environment_of(given: dict[str, str]) -> dict[str, str]:
+    """One thread, offline, a terminal of 100 columns, and what is given."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **given}
+    found.pop("PYTHONPATH", None)
+    return found
+
+
 def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **environment):
     """Run `python WORDS`, or `torchrun --nproc_per_node PROCESSES WORDS`, one thread each, offline."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d",
                      "--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **environment}
-    environment.pop("PYTHONPATH", None)
-    return subprocess.run([*launcher, *words], cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run([*launcher, *words], cwd=cwd, env=environment_of(environment), capture_output=True,
+                          text=True, timeout=timeout)
+
+
+@functools.cache
+def server() -> subprocess.Popen:
+    """The process that scripts are forked from; it ends with this one."""
+    return subprocess.Popen([sys.executable, "tests/forked.py", str(ROOT)], cwd=ROOT, env=environment_of({}),
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_forked(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **environment):
+    """As `run_script`, for scripts, without the seconds that imports take: see tests/forked.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder, "stdout"), Path(folder, "stderr")]
+        for path in output:
+            path.touch()
+        job = dict(words=words, processes=processes, cwd=str(cwd), environment=environment_of(environment),
+                   output=[*map(str, output)])
+        print(json.dumps(job), file=server().stdin, flush=True)
+        child = int(server().stdout.readline())
+        late = threading.Timer(timeout, os.killpg, (child, signal.SIGKILL))
+        late.start()
+        code = int(server().stdout.readline())
+        late.cancel()
+        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
 
 
 def documented_metrics(script: str) -> set[str]:

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from conftest import run_script
+from conftest import run_forked
 
 ARCHITECTURES = ("gpt2", "llama", "t5")
 
 
 def launch(folder, processes: int, *checks: str) -> dict:
-    done = run_script("tests/worker.py", str(folder), *checks, processes=processes)
+    done = run_forked("tests/worker.py", str(folder), *checks, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
 
@@ -21,13 +21,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return launch(folder, 0, "gradients", "sampling", "apart", "rows", "scores", "few", "checkpoint")
+    return launch(folder, 0, "gradients", "sampling", "apart", "rows", "scores", "few", "start", "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def two(folder, one):
     return launch(folder, 2, "gradients", "hybrid", "sampling", "apart", "gathers", "rows", "scores", "few",
-                  "checkpoint")
+                  "start", "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,10 @@ def test_gradients_do_not_depend_on_ranks_micro_batches_or_padding(one, two, thr
 def test_fewer_rows_than_ranks_have_the_same_numbers(one, two, three):
     assert_close(two["few"], one["few"], 2e-4)
     assert_close(three["few"], one["few"], 2e-4)
+
+
+def test_the_start_of_random_walks_is_written_once(one, two):
+    assert one["start"] and two["start"] == one["start"]
 
 
 def test_hybrid_sharding_has_the_same_gradients(one, two):

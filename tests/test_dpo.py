@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import CONFIGS, ROOT, bpe_tokenizer, char_tokenizer, documented_metrics, run_script, tiny_lm
+from conftest import CONFIGS, ROOT, bpe_tokenizer, char_tokenizer, documented_metrics, run_forked, tiny_lm
 from safetensors.torch import load_file
 from tokenizers import processors
 
@@ -1052,7 +1052,7 @@ def test_several_ranks_have_the_numbers_of_one(ranks, names, model_path, tmp_pat
     """Batches that do not divide, fewer lines than ranks, held-out pairs that do not divide; sampled texts too."""
     (tmp_path / "worker.py").write_text(WORKER)
     models = {name: model_path(RANKED[name][0]) for name in names}
-    done = run_script(str(tmp_path / "worker.py"), str(tmp_path / "several"), json.dumps(models), processes=ranks)
+    done = run_forked(str(tmp_path / "worker.py"), str(tmp_path / "several"), json.dumps(models), processes=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:
         architecture, rows, flags = RANKED[name]
@@ -1585,7 +1585,7 @@ def walked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     shutil.copy(ROOT / "dpo.py", folder)
     shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    done = run_script("dpo.py", "--max-steps", "2", "--eval-samples", "1", "--num-eval-rows", "50", cwd=folder)
+    done = run_forked("dpo.py", "--max-steps", "2", "--eval-samples", "1", "--num-eval-rows", "50", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "dpo-randomwalks-1", done
 
@@ -1624,7 +1624,7 @@ def test_what_is_logged_is_what_the_readme_says(walked):
 
 def test_a_mistake_is_one_line_and_exit_code_2(model_path, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD) + '\n{"prompt": "a", "chosen": "", "rejected": "b"}\n')
-    done = run_script("dpo.py", "--model", model_path("gpt2"), "--dataset", str(tmp_path / "pairs.jsonl"),
+    done = run_forked("dpo.py", "--model", model_path("gpt2"), "--dataset", str(tmp_path / "pairs.jsonl"),
                       "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (f"dpo.py: error: --dataset {tmp_path}/pairs.jsonl, row 2: chosen is empty; "

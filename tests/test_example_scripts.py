@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, bpe_tokenizer, char_tokenizer, run_script
+from conftest import ROOT, bpe_tokenizer, char_tokenizer, run_forked
 
 sys.path.insert(0, str(ROOT / "examples"))
 import programs  # noqa: E402
@@ -373,5 +373,5 @@ def test_mistakes_of_simulacra_are_one_line(tmp_path):
 
 
 def test_mistakes_on_the_command_line():
-    ended = run_script("examples/simulacra.py", "--outptu", "x")
+    ended = run_forked("examples/simulacra.py", "--outptu", "x")
     assert ended.returncode == 2 and "did you mean --output?" in ended.stderr and ended.stderr.count("\n") == 1

@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ROOT, VOCABULARY, char_tokenizer, documented_metrics, run_script, tiny_lm
+from conftest import CONFIGS, ROOT, VOCABULARY, char_tokenizer, documented_metrics, run_forked, tiny_lm
 from safetensors.torch import load_file
 from test_sft import (
     CHATML,
@@ -1471,7 +1471,7 @@ def work(folder: str, model: str) -> None:
 def two_ranks(model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "worker.py").write_text(WORKER)
-    done = run_script(str(folder / "worker.py"), str(folder), model_path("gpt2"), processes=2)
+    done = run_forked(str(folder / "worker.py"), str(folder), model_path("gpt2"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -1570,7 +1570,7 @@ def test_arguments_have_the_tasks_defaults():
 def test_the_command_alone(tmp_path):
     """Random walks for two steps: what is logged is what docs/ilql.md says, what is written can be loaded."""
     folder = tmp_path / "run"
-    done = run_script("ilql.py", "--max-steps", "2", "--eval-samples", "1", "--output-dir", str(folder), "--batch-size",
+    done = run_forked("ilql.py", "--max-steps", "2", "--eval-samples", "1", "--output-dir", str(folder), "--batch-size",
                       "20", "--sync-every", "2")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "before training" in done.stdout and done.stdout.count("after training") >= 1
@@ -1608,7 +1608,7 @@ def test_files_and_format_functions(model_path, tmp_path, monkeypatch):
 
 def test_a_mistake_is_one_line_and_exit_code_2(model_path, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n')
-    done = run_script("ilql.py", "--model", model_path("gpt2"), "--dataset", str(tmp_path / "rows.jsonl"),
+    done = run_forked("ilql.py", "--model", model_path("gpt2"), "--dataset", str(tmp_path / "rows.jsonl"),
                       "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 2 and done.stdout == ""
     problem = "row 1: has no reward, only text; --format can map rows\n"

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bpe_tokenizer, char_tokenizer, run_script
+from conftest import ROOT, bpe_tokenizer, char_tokenizer, run_forked, run_script
 from tokenizers import processors
 from transformers.utils import chat_template_utils
 
@@ -162,7 +162,7 @@ def test_presets_lie_under_yaml_and_flags(yaml_file):
     (["--model", "no/such-model", "--reward", "json:loads"], ["--model", "no/such-model"]),
 ], ids=["flag", "prompts", "model"])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(words, parts, model_path, tmp_path):
-    done = run_script(f"{ROOT}/ppo.py", *(word.format(model=model_path("gpt2")) for word in words), cwd=tmp_path)
+    done = run_forked(f"{ROOT}/ppo.py", *(word.format(model=model_path("gpt2")) for word in words), cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("ppo.py: error: ")

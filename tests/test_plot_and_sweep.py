@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, run_script
+from conftest import ROOT, run_forked
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot  # noqa: E402
@@ -586,6 +586,6 @@ def test_two_sweeps_in_one_folder(here, monkeypatch):
 
 def test_one_line_on_the_command_line(tmp_path):
     for script in ("plot.py", "sweep.py"):
-        ended = run_script(str(ROOT / "benchmarks" / script), "gone", cwd=tmp_path)
+        ended = run_forked(str(ROOT / "benchmarks" / script), "gone", cwd=tmp_path)
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
         assert ended.stderr.startswith(f"{script}: error: gone") and not ended.stdout

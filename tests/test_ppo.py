@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, char_tokenizer, documented_metrics, run_script, tiny_lm
+from conftest import ROOT, char_tokenizer, documented_metrics, run_forked, run_script, tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import ppo
@@ -444,8 +444,8 @@ def test_the_command_alone_shows_tables_and_one_final_line(started):
 def test_two_processes_give_the_numbers_of_one(started, tmp_path):
     """The same tokens, scores and metrics in the first step; later steps within rounding that Adam makes larger."""
     run, _ = started
-    done = run_script("ppo.py", *WALKS, "--output-dir", str(tmp_path / "two"),
-                      processes=2)
+    shutil.copytree(run / "start", tmp_path / "two" / "start")  # which takes ten seconds to fit
+    done = run_script("ppo.py", *WALKS, "--output-dir", str(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     one, two = rows_of(run), rows_of(tmp_path / "two")
     assert numbers(two[0]) == pytest.approx(numbers(one[0]), rel=1e-6)
@@ -490,7 +490,7 @@ def test_a_script_runs_when_copied_elsewhere_with_common_and_changed(started, tm
     (tmp_path / "ppo.py").write_text(text)
     (tmp_path / "reward.py").write_text(re.search(r"```python\n(# reward.py\n.*?)```", page, re.S)[1])
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    done = run_script("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--prompts", str(prompts_file(tmp_path)),
+    done = run_forked("ppo.py", *WALKS, "--model", str(started[0] / "start"), "--prompts", str(prompts_file(tmp_path)),
                       "--reward", "reward.py:short", "--max-new-tokens", "9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "ppo-start-1" / "model" / "config.json").exists()
@@ -529,7 +529,7 @@ def test_wandb_works_offline(model_path, tmp_path, monkeypatch):
 
 def test_random_walks_are_learned(started, tmp_path):
     """The bar of a short run: from below 0.3 to above 0.75 in 12 steps, some 30 seconds on one core."""
-    done = run_script("ppo.py", "--model", str(started[0] / "start"), "--reward", "randomwalks", "--output-dir",
+    done = run_forked("ppo.py", "--model", str(started[0] / "start"), "--reward", "randomwalks", "--output-dir",
                       str(tmp_path / "run"), "--max-steps", "12", "--eval-every", "12")
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run")

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import CONFIGS, ROOT, bpe_tokenizer, char_tokenizer, run_script
+from conftest import CONFIGS, ROOT, bpe_tokenizer, char_tokenizer, run_forked
 
 import common.randomwalks
 import ilql
@@ -218,7 +218,7 @@ def run(command: str, folder: Path, models, monkeypatch) -> None:
         given = flag_of(words, flag, settings.get(flag[2:]))
         small += [flag, str(min(int(given), most))] if given else []
     if really:
-        found = run_script(script, *small, processes=2, cwd=folder, **environment)
+        found = run_forked(script, *small, processes=2, cwd=folder, **environment)
         assert found.returncode == 0, found.stderr[-3000:]
         return
     for name, value in environment.items():

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_forked
 from crash import SHARED, WORDS, contents, score
 
 import dpo
@@ -36,9 +36,8 @@ SCRIPTS = ("ppo", "sft", "dpo", "ilql")
 
 def kill(folder, model, script: str, processes: int, kills: int) -> dict:
     os.symlink(model, f"{folder}/model")
-    done = subprocess.run(
-        [sys.executable, "tests/crash.py", str(folder), script, str(processes), str(kills), str(kills)], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200 + 60 * kills)
+    done = run_forked("tests/crash.py", str(folder), script, str(processes), str(kills), str(kills),
+                      timeout=200 + 60 * kills)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT"))
     print(script, processes, found)
@@ -127,7 +126,7 @@ def gone(folder, seconds: float) -> bool:
 
 def test_a_run_that_is_told_to_end_writes_a_checkpoint_and_leaves_with_143(model_path, tmp_path):
     with running(tmp_path, model_path("gpt2")) as process:
-        other = run_script("ppo.py", "--model", model_path("gpt2"), "--reward", "randomwalks", "--output-dir",
+        other = run_forked("ppo.py", "--model", model_path("gpt2"), "--reward", "randomwalks", "--output-dir",
                            f"{tmp_path}/run", "--resume", "auto")
         assert other.returncode == 2 and len(other.stderr.splitlines()) == 1, other.stderr
         assert f"{tmp_path}/run: process {process.pid} on " in other.stderr and "is training there" in other.stderr
@@ -176,7 +175,7 @@ def test_a_process_with_other_flags_is_refused(model_path, tmp_path):
     (tmp_path / "two.py").write_text(
         "import os, sys\nsys.path.insert(0, os.getcwd())\nimport ppo\nfrom common.cli import run\n"
         "sys.argv += ['--seed', str(5 + int(os.environ['RANK']))]\nrun(ppo.train, ppo.Args, ppo.preset)\n")
-    done = run_script(f"{tmp_path}/two.py", "--model", model_path("gpt2"), "--reward", "randomwalks", "--output-dir",
+    done = run_forked(f"{tmp_path}/two.py", "--model", model_path("gpt2"), "--reward", "randomwalks", "--output-dir",
                       f"{tmp_path}/run", processes=2, timeout=100)
     assert done.returncode and "error: --seed is 6 for process 1 and 5 for process 0: start all with " in done.stderr
     assert not (tmp_path / "run").exists()
@@ -184,8 +183,10 @@ def test_a_process_with_other_flags_is_refused(model_path, tmp_path):
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     """Another process, since a lock is a process's; this one may take its own again."""
-    claim = f"from common.checkpoint import lock; print(lock({str(tmp_path)!r}))"
-    other = lambda: run_script("-c", claim).stdout.strip()  # noqa: E731
+    claim = tmp_path / "claim.py"
+    claim.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom common.checkpoint import lock\n"
+                     f"print(lock({str(tmp_path)!r}))\n")
+    other = lambda: run_forked(str(claim)).stdout.strip()  # noqa: E731
     assert lock(str(tmp_path)) is None and lock(f"{tmp_path}/../{tmp_path.name}") is None
     assert other().startswith(f"process {os.getpid()} on ")
     unlock(str(tmp_path))
@@ -287,7 +288,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_line_and_leaves_the_last_checkp
     words = ["--model", model_path("gpt2"), "--dataset", str(rows), "--output-dir", f"{tmp_path}/run", "--save-every",
              "1", "--eval-every", "99", "--num-eval-prompts", "0", "--max-new-tokens", "4", "--max-length", "40",
              "--batch-size", "4", "--held-out", "0.0", "--keep-checkpoints", "9"]
-    assert run_script("sft.py", *words, "--max-steps", "1").returncode == 0
+    assert run_forked("sft.py", *words, "--max-steps", "1").returncode == 0
     before = contents(tmp_path / "run" / "checkpoints" / "step-1")
     done = subprocess.run([sys.executable, "sft.py", *words, "--resume", "auto"], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -298,7 +299,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_line_and_leaves_the_last_checkp
         "room and --resume auto, or train on all the same with --keep-going")
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-1"]
     assert contents(tmp_path / "run" / "checkpoints" / "step-1") == before
-    assert run_script("sft.py", *words, "--resume", "auto").returncode == 0
+    assert run_forked("sft.py", *words, "--resume", "auto").returncode == 0
     assert [row["step"] for row in lines(tmp_path / "run")] == [0, 1, 2, 3]
 
 
@@ -392,9 +393,9 @@ def test_a_replay_says_which_rows_do_it(model_path, tmp_path, capsys):
     words = ["--model", model_path("gpt2"), "--dataset", f"{tmp_path}/rows.jsonl", "--num-eval-prompts", "0",
              "--output-dir", f"{tmp_path}/run", "--batch-size", "12", "--normalize-rewards", "none", "--max-length",
              "40"]
-    done = run_script("ilql.py", *words)
+    done = run_forked("ilql.py", *words)
     assert done.returncode == 2 and f"--replay {tmp_path}/run/nonfinite-step-0 shows the rows" in done.stderr
-    done = run_script("ilql.py", "--replay", f"{tmp_path}/run/nonfinite-step-0")
+    done = run_forked("ilql.py", "--replay", f"{tmp_path}/run/nonfinite-step-0")
     assert done.returncode == 2 and "again the loss is " in done.stderr and len(done.stderr.splitlines()) == 1
     table = done.stdout.split("1 of 12 rows of ")[1].splitlines()
     batch = torch.load(tmp_path / "run" / "nonfinite-step-0" / "batch.pt", weights_only=True)["trajectories"]
@@ -427,7 +428,7 @@ def test_a_kl_that_runs_away_stops_the_run(model_path, tmp_path):
 
 
 def test_a_long_run_neither_grows_nor_leaves_files_open_nor_loses_lines():
-    done = run_script("benchmarks/soak.py", "--updates", "2000" if LONG else "60", timeout=1200)
+    done = run_forked("benchmarks/soak.py", "--updates", "2000" if LONG else "60", timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout.splitlines()[-1]
     print(said)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, char_tokenizer, run_script, tiny_lm
+from conftest import ROOT, char_tokenizer, run_forked, tiny_lm
 
 import dpo
 import ilql
@@ -122,7 +122,7 @@ def test_code_in_a_model_folder_does_not_run(model_type, trap, tmp_path):
 def test_a_script_refuses_code_in_one_line(trap, tmp_path):
     path = with_code(tmp_path / "model", trap, "mine")
     (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n')
-    done = run_script(f"{ROOT}/sft.py", "--model", path, "--dataset", "rows.jsonl", cwd=tmp_path)
+    done = run_forked(f"{ROOT}/sft.py", "--model", path, "--dataset", "rows.jsonl", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]  # transformers may warn of the type before
     assert line.startswith("sft.py: error: --model") and "custom code" in line
@@ -203,7 +203,7 @@ def test_a_run_directory_has_no_secrets(script, given, model_path, tmp_path, mon
 def test_a_tracked_run_has_no_secrets_either(model_path, tmp_path):
     """Weights and Biases, offline, writes files of its own into the run directory."""
     (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n{"text": "cd"}\n')
-    done = run_script(f"{ROOT}/sft.py", "--model", model_path("gpt2"), "--dataset", "rows.jsonl", "--max-length", "16",
+    done = run_forked(f"{ROOT}/sft.py", "--model", model_path("gpt2"), "--dataset", "rows.jsonl", "--max-length", "16",
                       "--max-steps", "1", "--max-new-tokens", "4", "--output-dir", "run", "--track", cwd=tmp_path,
                       WANDB_MODE="offline", **SECRETS)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ROOT, VOCABULARY, bpe_tokenizer, char_tokenizer, documented_metrics, run_script, tiny_lm
+from conftest import CONFIGS, ROOT, VOCABULARY, bpe_tokenizer, char_tokenizer, documented_metrics, run_forked, tiny_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import ppo
@@ -483,7 +483,7 @@ def work(folder: str) -> None:
 def test_two_ranks_have_the_loss_and_gradient_of_one(tmp_path):
     """In micro-batches of 1, 2 and 5, padded and packed, with lines that do not divide evenly."""
     (tmp_path / "worker.py").write_text(WORKER)
-    done = run_script(str(tmp_path / "worker.py"), str(tmp_path), processes=2)
+    done = run_forked(str(tmp_path / "worker.py"), str(tmp_path), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for name, (architecture, _, lines, _) in RANKED.items():
@@ -1390,7 +1390,7 @@ def test_arguments_have_the_tasks_defaults():
 def walked(tmp_path_factory):
     """Random walks for two steps, by the command alone."""
     folder = tmp_path_factory.mktemp("walks") / "run"
-    done = run_script("sft.py", "--max-steps", "2", "--eval-samples", "2", "--output-dir", str(folder))
+    done = run_forked("sft.py", "--max-steps", "2", "--eval-samples", "2", "--output-dir", str(folder))
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -1421,7 +1421,7 @@ def test_ppo_starts_from_what_it_trained(walked, tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(walked, tmp_path):
-    done = run_script("sft.py", "--max-steps", "2", "--eval-samples", "2", "--output-dir", str(tmp_path / "two"),
+    done = run_forked("sft.py", "--max-steps", "2", "--eval-samples", "2", "--output-dir", str(tmp_path / "two"),
                       "--packing", "rows", processes=2)
     assert done.returncode == 0, done.stderr
     one, two = rows_of(walked[0]), rows_of(tmp_path / "two")
@@ -1435,6 +1435,6 @@ def test_two_processes_give_the_numbers_of_one(walked, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    done = run_script("sft.py", "--learning-rates", "1")
+    done = run_forked("sft.py", "--learning-rates", "1")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "sft.py: error: unknown flag --learning-rates; did you mean --learning-rate?\n"

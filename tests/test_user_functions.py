@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import char_tokenizer, run_script
+from conftest import char_tokenizer, run_forked, run_script
 
 import common.functions
 import dpo
@@ -460,5 +460,5 @@ os._exit(0)
 def test_ranks_wait_for_a_slow_function_longer_than_for_each_other(tmp_path):
     """Collectives give up after the group's timeout, here a second and a half; a function may take longer."""
     (tmp_path / "patience.py").write_text(PATIENCE.replace("{tests}", os.path.dirname(__file__)))
-    done = run_script(f"{tmp_path}/patience.py", processes=2, timeout=90)
+    done = run_forked(f"{tmp_path}/patience.py", processes=2, timeout=90)
     assert done.stdout.count("DONE") == 2, done.stderr

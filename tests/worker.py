@@ -12,9 +12,11 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
 from conftest import char_tokenizer, tiny_lm  # noqa: E402
 
 import ppo  # noqa: E402
+from common import randomwalks  # noqa: E402
 from common.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from common.distributed import gather_rows, generator, init, rank_rows, unsharded  # noqa: E402
 from common.generation import generate, noise, sample_texts  # noqa: E402
@@ -70,6 +72,16 @@ def check_few(folder):
     data = ppo.score_tokens(model, lambda batch: model(**batch)["logprobs"], PROMPTS[:1],
                             [item["tokens"] for item in items], LogitRules(), 2, torch.device("cpu"))
     return [gradients("gpt2", 2, 1), gradients("gpt2", 2, 2), scores, data["logprobs"].tolist()]
+
+
+def check_start(folder):
+    """The start of random walks, written by one process: all find it whole, with the weights that its seed gives."""
+    path = f"{folder}/start-{dist.get_world_size()}"
+    randomwalks.cloned_walker = lambda walks, seed: randomwalks.untrained_walker(seed)  # not fitted, for want of time
+    randomwalks.write_cloned_walker(path, None, 3)
+    found = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert transformers.AutoTokenizer.from_pretrained(path).eos_token
+    return [parameter.norm().item() for parameter in found.parameters()]
 
 
 def check_hybrid(folder):
