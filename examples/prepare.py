@@ -5,10 +5,9 @@ configurations, two rows from one.
     python examples/prepare.py pairs Dahoas/full-hh-rlhf:train --output hh.jsonl
 
 The first word is a function of this file, from a row to a list of rows; the second a Hub data set name:split or
-name:configuration:split.
+name:configuration:split, or a file.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from formats import alpaca, tldr_pair  # noqa: E402
 
 from common.cli import UserError, run  # noqa: E402
-from common.data import listed, write_rows  # noqa: E402
+from common.data import listed, read_rows, write_rows  # noqa: E402
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Args:
     function: Positional[str] = ""
     """cnn_dailymail, english_to_german, openings, rewrite_bad_reviews, pairs or tldr_pairs"""
     dataset: Positional[str] = ""
-    """Hub data set name:split or name:configuration:split"""
+    """Hub data set name:split or name:configuration:split, or a file"""
     output: str = "rows.jsonl"
     """the file to write"""
 
@@ -72,25 +71,17 @@ def main(args: Args) -> None:
     """Write the rows of one data set."""
     functions = (cnn_dailymail, english_to_german, openings, rewrite_bad_reviews, pairs, tldr_pairs)
     functions = {function.__name__: function for function in functions}
+    if not args.dataset:
+        raise UserError("give a function of rows and a data set; see --help")
     if args.function not in functions:
         raise UserError(f"'{args.function}': no such function of rows; choose from {listed(functions)}")
-    found = re.fullmatch(r"([^:]+?)(?::([^:\[]+))?:([^:\[]+(?:\[.*\])?)", args.dataset)
-    if not found:
-        raise UserError(f"'{args.dataset}': give a Hub data set as name:split or name:configuration:split")
-    from datasets import load_dataset
-
-    name, configuration, split = found.groups()
+    rows = read_rows(args.dataset, "the data set")
     try:
-        data = load_dataset(name, configuration, split=split)
-    except Exception as error:  # no network, no such name, no such split
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{args.dataset}: cannot be read ({type(error).__name__}: {reason[:200]})") from None
-    try:
-        rows = [made for row in data for made in functions[args.function](row)]
+        made = [each for row in rows for each in functions[args.function](row)]
     except KeyError as error:
-        raise UserError(f"{args.dataset}: has no column {error}, only {listed(data.column_names)}") from None
-    write_rows(args.output, rows, "--output")
-    print(f"{len(rows)} rows in {args.output}")
+        raise UserError(f"{args.dataset}: has no column {error}, only {listed(rows[0])}") from None
+    write_rows(args.output, made, "--output")
+    print(f"{len(made)} rows in {args.output}")
 
 
 if __name__ == "__main__":

@@ -99,12 +99,11 @@ def test_a_bad_review_is_asked_for_as_alpaca_asks():
 
 
 @pytest.mark.parametrize("dataset,asked", [
-    ("a/b:train", ("a/b", None, "train")), ("a/b:3.0.0:train[:20]", ("a/b", "3.0.0", "train[:20]")),
-    ("a/b:test[5:9]", ("a/b", None, "test[5:9]"))])
+    ("a/b:train", ("a/b", "train")), ("a/b:3.0.0:train[:20]", ("a/b", "3.0.0", "train[:20]")),
+    ("a/b:test[5:9]", ("a/b", "test[5:9]"))])
 def test_a_data_set_may_have_a_configuration(dataset, asked, tmp_path, monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration, split: seen.append(
-        (name, configuration, split)) or datasets.Dataset.from_list([dict(text="a ü c d e")]))
+    seen, data = [], datasets.Dataset.from_list([dict(text="a ü c d e")])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: seen.append((*name, split)) or data)
     module = prepare()
     module.main(module.Args("openings", dataset, f"{tmp_path}/rows.jsonl"))
     assert seen == [asked] and capsys.readouterr().out == f"1 rows in {tmp_path}/rows.jsonl\n"
@@ -113,12 +112,13 @@ def test_a_data_set_may_have_a_configuration(dataset, asked, tmp_path, monkeypat
 
 @pytest.mark.parametrize("function,dataset,output,message", [
     ("nothing", "a/b:train", "x", "'nothing': no such function of rows; choose from cnn_dailymail, "),
-    ("openings", "a/b", "x", "'a/b': give a Hub data set as name:split"),
-    ("openings", "a/b:no", "x", "a/b:no: cannot be read .ValueError: no such split"),
+    ("openings", "", "x", "give a function of rows and a data set; see --help"),
+    ("openings", "a/b:no", "x", "the data set a/b:no: cannot be read .ValueError: no such split"),
+    ("openings", "a.jsonl", "x", "the data set a.jsonl: no such file"),
     ("pairs", "a/b:train", "x", "a/b:train: has no column 'prompt', only text"),
     ("openings", "a/b:train", "no/where", "--output no/where: No such file")])
 def test_mistakes_in_preparing_rows_are_one_line(function, dataset, output, message, tmp_path, monkeypatch):
-    def load_dataset(name, configuration, split):
+    def load_dataset(name, split):
         if split == "no":
             raise ValueError("no such split\nchoose another")
         return datasets.Dataset.from_list([dict(text="a")])
