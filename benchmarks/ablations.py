@@ -5,8 +5,9 @@ a script (or a flag), and their effect on random walks against the script as it 
     python benchmarks/ablations.py --diff NAME       # the change, to make it yourself
     python benchmarks/ablations.py --write           # the tables of docs/, from benchmarks/results/ablations.json
 
-Runs go on where they were interrupted: what stands in the results is not run again. Each runs in a copy of the scripts
-and common/, so that the checkout stays as it is.
+Runs go on where they were interrupted: what stands in the results is not run again, unless --keep wants its log; take
+rows out of the file to measure them anew. Each runs in a copy of the scripts and common/, so that the checkout stays as
+it is.
 """
 
 import difflib
@@ -50,7 +51,7 @@ class Args:
     jobs: int = 1
     """runs at the same time"""
     keep: str = ""
-    """keep the logs of the runs in this folder, for plot.py"""
+    """keep the logs of the runs in this folder, for plot.py; runs without a log there are run again"""
     diff: str = ""
     """print what this fault changes, and end"""
     write: bool = False
@@ -209,6 +210,11 @@ def forked(folder: Path, script: str, words: list[str]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
 
 
+def kept_log(keep: str, script: str, fault: str, seed: int) -> Path:
+    """Where --keep puts a run's log."""
+    return Path(keep) / f"{script.removesuffix('.py')}-{fault.replace(' ', '-')}-{seed}"
+
+
 def run(script: str, fault: Fault, seed: int, work: Path, keep: str) -> dict:
     """One run in a copy of the code: the watched numbers of its last line, or the line with which it was refused. With
     `keep` its log stays in that folder, its settings with the fault's name among them, by which plot.py tells it."""
@@ -230,7 +236,7 @@ def run(script: str, fault: Fault, seed: int, work: Path, keep: str) -> dict:
         last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
         made |= {name: round(last[name], 5) for name in ["eval/optimality", *WATCHED[script]]}
     if keep and not code:
-        kept = Path(keep) / f"{script.removesuffix('.py')}-{fault.name.replace(' ', '-')}-{seed}"
+        kept = kept_log(keep, script, fault.name, seed)
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "run/metrics.jsonl", kept)
         settings = (folder / "run/args.yaml").read_text().replace(str(work / f"start-{seed}"), "start")
@@ -247,11 +253,15 @@ def run_all(args: Args) -> None:
     for name in args.faults:
         if name not in faults:
             raise UserError(f"--faults {name}: {args.script} has {', '.join(faults)}")
-    rows = read_results()
-    known = {(row["script"], row["fault"], row["seed"]) for row in rows}
+    rows = {(row["script"], row["fault"], row["seed"]): row for row in read_results()}
+    known = {key for key, row in rows.items()
+             if not args.keep or "refused" in row or kept_log(args.keep, *key).exists()}
     wanted = [(fault, seed) for seed in args.seeds for name, fault in faults.items()
               if name in (args.faults or faults) and (args.script, name, seed) not in known]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not wanted:
+        print(f"nothing to run: {RESULTS.relative_to(ROOT)} has all; take rows out to measure them anew")
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     lock = threading.Lock()
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for seed in {seed for _, seed in wanted} if args.script in ("ppo.py", "dpo.py") else ():
@@ -259,11 +269,10 @@ def run_all(args: Args) -> None:
             tokenizer().save_pretrained(f"{work}/start-{seed}")
 
         def one(fault: Fault, seed: int) -> None:
-            row = run(args.script, fault, seed, Path(work), args.keep) | {"commit": commit.strip()}
+            row = run(args.script, fault, seed, Path(work), args.keep) | {"commit": commit}
             with lock:
-                rows.append(row)
-                rows.sort(key=lambda row: (row["script"], row["fault"], row["seed"]))
-                RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                rows[args.script, fault.name, seed] = row
+                RESULTS.write_text("[\n" + ",\n".join(json.dumps(rows[key]) for key in sorted(rows)) + "\n]\n")
                 print(row, flush=True)
 
         for future in [pool.submit(one, *each) for each in wanted]:

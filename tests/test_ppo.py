@@ -61,6 +61,7 @@ VARIANTS = {
     "llama lora": dict(lora_rank=4),
     "qwen3": dict(),
     "gemma2 hydra": dict(num_layers_unfrozen=1),
+    "gemma3": dict(),
     "bloom hydra": dict(num_layers_unfrozen=1),
     "t5": dict(),
     "t5 hydra branch": dict(num_layers_unfrozen=1, num_value_layers=1),
