@@ -259,7 +259,7 @@ def run_all(args: Args) -> None:
     wanted = [(fault, seed) for seed in args.seeds for name, fault in faults.items()
               if name in (args.faults or faults) and (args.script, name, seed) not in known]
     if not wanted:
-        print(f"nothing to run: {RESULTS.relative_to(ROOT)} has all; take rows out to measure them anew")
+        print(f"nothing to run: {RESULTS} has all; take rows out to measure them anew")
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
     commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     lock = threading.Lock()

@@ -153,6 +153,30 @@ def test_exercises_fit_the_code(script, fault):
         assert any(name in names for names in known.values()), f"{fault.name}: no function {name}"
 
 
+def test_runs_that_stand_in_the_results_are_not_run_again_but_for_their_logs(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def run(script, fault, seed, work, keep):
+        begun.append((fault.name, seed))
+        if keep:
+            ablations.kept_log(keep, script, fault.name, seed).mkdir(parents=True)
+        return {"script": script, "fault": fault.name, "seed": seed, "eval/optimality": float(len(begun))}
+
+    monkeypatch.setattr(ablations, "run", run)
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "results.json")
+    wanted = dict(script="sft.py", faults=["as it is", "shifted"], seeds=[1, 2])
+    ablations.run_all(ablations.Args(**wanted))
+    assert len(begun) == 4
+    ablations.run_all(ablations.Args(**wanted))
+    assert len(begun) == 4 and "nothing to run" in capsys.readouterr().out
+    for _ in range(2):
+        ablations.run_all(ablations.Args(**{**wanted, "faults": ["shifted"]}, keep=f"{tmp_path}/kept"))
+        assert begun[4:] == [("shifted", 1), ("shifted", 2)]
+    rows = ablations.read_results()
+    assert [(row["fault"], row["seed"], row["eval/optimality"]) for row in rows] == [
+        ("as it is", 1, 1.0), ("as it is", 2, 3.0), ("shifted", 1, 5.0), ("shifted", 2, 6.0)]
+
+
 def yaml_block(name: str) -> str:
     """The YAML block of docs/experiments.md whose first line names the file."""
     blocks = FENCE.findall((ROOT / "docs/experiments.md").read_text())

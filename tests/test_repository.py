@@ -83,6 +83,29 @@ def test_commands_of_the_readme_and_of_the_docs_use_flags_that_exist():
                 assert {flag, flag.replace("--no-", "--", 1)} & names, f"{page}: {script} has no flag {flag}"
 
 
+def flags_in(path) -> set[str]:
+    """Flags of a script of benchmarks/ or examples/: the fields of its classes, or what it gives to argparse, it or the
+    module that benchmarks share."""
+    found = {"--" + node.target.id.replace("_", "-") for each in ast.parse(path.read_text()).body
+             if isinstance(each, ast.ClassDef) for node in each.body if isinstance(node, ast.AnnAssign)}
+    shared = path.with_name("versus.py") if "import versus" in path.read_text() else path
+    return found | {node.value for source in {path, shared} for node in ast.walk(ast.parse(source.read_text()))
+                    if isinstance(node, ast.Constant) and str(node.value).startswith("--")}
+
+
+def test_commands_of_benchmarks_and_examples_use_flags_that_exist():
+    pages = {page.name: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+    for folder in ("benchmarks", "examples"):
+        named = set(re.findall(rf"(?:python|nproc_per_node \d) ({folder}/[\w/]+\.py)", " ".join(pages.values())))
+        assert len(named) > 3
+        for script in named:
+            commands = [(page, command) for page, text in pages.items() for command in commands_of(script, text)]
+            assert commands, script
+            for page, command in commands:
+                for flag in re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", command):
+                    assert flag in flags_in(ROOT / script) | {"--help"}, f"{page}: {script} has no flag {flag}"
+
+
 def code_lines(path) -> int:
     """Lines that hold code: no blank ones, comments or docstrings."""
     text, docs, lines = path.read_text(), set(), set()
