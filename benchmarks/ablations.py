@@ -261,7 +261,7 @@ def run_all(args: Args) -> None:
     if not wanted:
         print(f"nothing to run: {RESULTS} has all; take rows out to measure them anew")
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
     lock = threading.Lock()
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for seed in {seed for _, seed in wanted} if args.script in ("ppo.py", "dpo.py") else ():
