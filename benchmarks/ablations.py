@@ -245,6 +245,11 @@ def run(script: str, fault: Fault, seed: int, work: Path, keep: str) -> dict:
     return made
 
 
+def git(*words: str) -> str:
+    """What git says of the checkout."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def run_all(args: Args) -> None:
     """All runs that the results do not have yet, each written down as it ends."""
     if args.script not in FAULTS:
@@ -260,7 +265,6 @@ def run_all(args: Args) -> None:
               if name in (args.faults or faults) and (args.script, name, seed) not in known]
     if not wanted:
         print(f"nothing to run: {RESULTS} has all; take rows out to measure them anew")
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
     commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
     lock = threading.Lock()
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
