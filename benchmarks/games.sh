@@ -18,7 +18,7 @@ if [ "$game" = maze ]; then
         --epochs 3 --warmup-steps 20
     "$python" ilql.py "${learner[@]}" --history 1 --max-length 64 --max-new-tokens 8 --eval-samples 8 --eval-every 250 \
         --metric examples/maze.py:accuracy --learning-rate 1e-3 --tau 0.95 --awac-scale 0.05 --cql-scale 0.05 \
-        --max-grad-norm 100 --epochs 12
+        --max-grad-norm 100 --epochs 24
     "$python" examples/maze.py play "$out/ilql/model" --beta 0 4 16 64
 else
     "$python" examples/wordle.py data "$out/rows.jsonl" --words "$words" --games 100000 --seed 1
