@@ -98,6 +98,8 @@ from common.samples import Example, Row, encode, formatted_rows, prompt_of, samp
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
+BETAS = {"ipo": 1.0, "simpo": 2.0}  # of the losses on mean log-probs; 0.1 for the others
+
 
 @dataclass
 class Args:
@@ -111,9 +113,9 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
     num_layers_unfrozen: int = -1
-    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
+    """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     precompute_reference: bool = False
@@ -179,8 +181,8 @@ class Args:
     # algorithm
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo"] = "sigmoid"
     """sigmoid: DPO, or cDPO with --label-smoothing; simpo has no reference"""
-    beta: float = 0.1
-    """weight of the KL penalty in the implicit reward: with less the policy goes farther; by default 1 for ipo and 2
+    beta: float | None = None
+    """weight of the KL penalty in the implicit reward: with less the policy goes farther; none: 0.1, or 1 for ipo and 2
     for simpo, whose log-probs are means"""
     label_smoothing: float = 0.0
     """share of the choices taken to be wrong, below 0.5, for sigmoid (cDPO) and robust"""
@@ -239,6 +241,9 @@ class Args:
     config: str | None = None
     """YAML file with flags; those on the command line win"""
 
+    def __post_init__(self):
+        self.beta = BETAS.get(self.loss, 0.1) if self.beta is None else self.beta
+
 
 RANDOM_WALKS = dict(  # defaults that the task brings along; flags and --config win
     max_length=32, max_new_tokens=9, eval_samples=50, eval_every=50, epochs=3, batch_size=64, micro_batch_size=64,
@@ -253,7 +258,7 @@ def preset(args: Args) -> dict:
     """The defaults of the task that the flags choose."""
     alone = args.dataset is None and args.model is None
     task = RANDOM_WALKS if alone or args.dataset == "randomwalks" else {}
-    return {**task, **{"ipo": {"beta": 1.0}, "simpo": {"beta": 2.0}}.get(args.loss, {})}
+    return task | ({"beta": BETAS[args.loss]} if args.loss in BETAS else {})
 
 
 def arguments(**flags) -> Args:
@@ -411,7 +416,7 @@ def fit_pair(sides: list[Example], longest: int, side: str, head: int, tail: int
     and one more, even if they are more than half."""
     prompt, most = sides[0].prompt, max(len(example.output) for example in sides)
     kept = min(len(prompt), max(longest // 2, head + tail + 1))  # of the prompt, however long the outputs are
-    room = longest - min(most, max(0, longest - kept))
+    room = max(kept, longest - most)
     prompt = cut_prompt(prompt, room, side, head, tail) if len(prompt) > room else prompt
     room = max(0, longest - len(prompt))
     return [Example(prompt, example.output[:room], example.trained[:room]) for example in sides]
@@ -706,8 +711,8 @@ def sample_kl(
 def check_reference(gap: float, dtype: torch.dtype) -> None:
     """Stop before the first update if policy and reference, which are the same model, differ by more than rounding."""
     if not gap < (1e-2 if dtype == torch.float32 else 1.0):
-        raise UserError(f"before the first update policy and reference differ by {gap:.4f} nats an output: this "
-                        "architecture is not handled rightly here")
+        raise UserError(f"before the first update policy and reference differ by {gap:.4f} nats an output: either "
+                        "this architecture cannot be handled here, or a change of the code breaks it")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -771,7 +776,8 @@ def train(
         + (f"; {equal} have equal outputs and were left out" if equal else "")
         + (f"; {dropped} have no room for an output and were left out" if dropped else "")
         + (f"; {counts['cut']} to train on have more than {longest} tokens and were cut" if counts["cut"] else ""))
-    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
     model, reference, lora, shared = load_models(lm, path, dtype, device, longest, args)
     if args.pack and not shared:
         say(f"packing: a {type(lm).__name__} does not keep outputs that share a line apart; each is padded instead")
@@ -890,7 +896,8 @@ def train(
     after = state.get("after", state["before"])
     before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
     changes = [f"{name.removeprefix('eval/')} {before.get(name, '')}{value:.3f}" for name, value in after.items()]
-    say("; ".join([*changes, f"model in {folder}/model"]))
+    say("; ".join(changes))
+    say(f"model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

@@ -58,6 +58,7 @@ from common.cli import Terminated, UserError, check_bounds, check_shared_flags, 
 from common.data import (
     chat_ends,
     check_data,
+    cut_prompt,
     encode_prompts,
     evenly,
     listed,
@@ -111,9 +112,9 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
     num_layers_unfrozen: int = -1
-    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
+    """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -324,7 +325,8 @@ def total(reward) -> float:
 
 def normalized(reward, mean: float, std: float):
     """The reward over std, with mean / std taken from the last of its numbers, so that its total is (total - mean) /
-    std. The mean shifts the value of every state alike; taken from each number it would pay for length."""
+    std. Taken once, at the end, the mean shifts the value of every state alike; taken more often it would pay for
+    length. So it is 0 for a row that goes on."""
     if isinstance(reward, list):
         return [*(normalized(part, 0.0, std) for part in reward[:-1]), normalized(reward[-1], mean, std)]
     return (reward - mean) / std
@@ -395,15 +397,20 @@ def row_trajectories(
         outputs = sum(row.said)
         opens = not special[0] and outputs and not any(row.turns[: row.said.index(True)])  # an output begins the row
         skipped = int(opens and (row.said == [True] or start_token(tokenizer) is None))  # its first token is the prompt
-    parts = []
+    parts, heads = [], []
     for example, numbers in zip(whole, place_rewards(whole, reward, outputs, skipped, row.where)):
-        ends = chat_ends(example.prompt, tokenizer) if row.messages else special
-        parts.append(cut_example(example, numbers, longest, side, loses, *ends))
+        head, tail = chat_ends(example.prompt, tokenizer) if row.messages else special
+        parts.append(cut_example(example, numbers, longest, side, loses, head, tail))
+        heads.append(head)
     made = []
     for i, (example, numbers) in enumerate(parts):
-        lost = loses == "end" and isinstance(reward, list) and len(example.output) < len(whole[i].output)
-        following = parts[i + 1][0].prompt if i + 1 < len(parts) else []
-        after = (example.prompt, example.output) if lost else (following, [])
+        full, kept = whole[i], len(example.output)
+        after = (parts[i + 1][0].prompt if i + 1 < len(parts) else [], [])
+        if loses == "end" and isinstance(reward, list) and kept < len(full.output):
+            after = (example.prompt, example.output)
+            if not full.trained[kept]:  # what is lost begins with the user's words: the state is the one behind them
+                answer = next(place for place in range(kept, len(full.output)) if full.trained[place])
+                after = (cut_prompt([*full.prompt, *full.output[:answer]], longest, "left", heads[i]), [])
         if actions := [place for place, number in enumerate(example.trained) if number]:
             rewards = [numbers[place] for place in actions]
             made.append(Trajectory(example.prompt, example.output, actions, rewards, *after))
@@ -424,7 +431,7 @@ def make_trajectories(
     std = totals.std().item() if len(totals) > 1 else 0.0
     if args.normalize_rewards != "none" and std > 1e-8:  # equal rewards have no scale
         mean = totals.mean().item() if args.normalize_rewards == "mean-std" else 0.0
-        rewards = [normalized(reward, mean, std) for reward in rewards]
+        rewards = [normalized(reward, 0.0 if row.goes_on else mean, std) for row, reward in zip(rows, rewards)]
     loses = "end" if seq2seq or args.history else args.row_loses
     head, tail = special_tokens(tokenizer, seq2seq)
     made, dropped, cut = [], 0, 0
@@ -563,7 +570,8 @@ def batch_loss_and_gradient(model: LanguageModel, batch: list[Trajectory], args:
         marks = [[place in actions for place in range(len(item.output))] for actions, item in zip(chosen, items)]
         inputs = collate([[*item.prompt] for item in items], [[*item.output] for item in items], model.start_id,
                          model.device, marks)
-        weight = torch.tensor(real[micro], device=model.device)[:, None].expand_as(inputs["scored"])[inputs["scored"]]
+        weight = torch.tensor([counts for item, counts in zip(items, real[micro]) for _ in item.actions],
+                              device=model.device)
         next_values = torch.zeros(0, device=model.device)
         if goes_on:  # somewhere in the batch, so that all ranks make the same calls
             next_values = values_after(model, [item for item in items if item.next_prompt])
@@ -584,8 +592,8 @@ def values_after(model: LanguageModel, items: list[Trajectory]) -> torch.Tensor:
     outputs = [[*item.next_output] for item in items] or [[]]
     inputs = collate(prompts, outputs, model.start_id, model.device)
     del inputs["scored"]
-    mask = inputs["mask"]
-    last = mask & (mask.long().cumsum(1) == mask.sum(1, keepdim=True))  # (M, T), each row's last real token
+    last = torch.zeros_like(inputs["mask"])
+    last[torch.arange(len(last)), inputs["mask"].sum(1) - 1] = True  # (M, T), each row's last real token
     return model.read("v", **inputs, marked=last)[: len(items), 0]
 
 
@@ -751,7 +759,8 @@ def train(
         model.heads[q] = TokenHead(model.width, vocabulary)
         model.heads[f"target_{q}"] = TokenHead(model.width, vocabulary).requires_grad_(False)
         model.heads[f"target_{q}"].load_state_dict(model.heads[q].state_dict())
-    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
     prepare(model, dtype, device, shard_size=args.shard_size, offload=args.offload)
     try_out(model)  # an architecture that cannot be handled ends here, in one line
     betas = (args.adam_beta1, args.adam_beta2)

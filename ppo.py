@@ -83,11 +83,11 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
     num_layers_unfrozen: int = -1
-    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
+    """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     num_value_layers: int = 0
     """give the value head a trainable copy of the top n blocks; 0: it reads the policy's last hidden state"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -244,9 +244,10 @@ RESUMABLE = (  # settings that may differ between a run and its resumption
 
 
 def preset(args: Args) -> dict:
-    """The defaults of the task that the flags choose. Prompts of the user's own are evaluated on, too."""
+    """The defaults of the task that the flags choose. Prompts of the user's own stay whole, and are evaluated on, too."""
     chosen = PRESETS.get(args.reward or ("randomwalks" if args.model is None else ""), {})
-    return {name: value for name, value in chosen.items() if not (args.prompts and name == "eval_prompts")}
+    own = ("eval_prompts", "prompt_words") if args.prompts else ()
+    return {name: value for name, value in chosen.items() if name not in own}
 
 
 def arguments(**flags) -> Args:
@@ -283,6 +284,9 @@ def check(args: Args, reward_fn: Callable | None = None) -> None:
         raise UserError(f"--reward-device {args.reward_device}: there is no GPU here")
     if args.reward_model and args.reward != "sentiment":
         raise UserError("--reward-model is for --reward sentiment; give another classifier as --reward PATH")
+    if args.kl_target is not None and args.rollout_batch_size >= 5 * args.kl_horizon:
+        raise UserError(f"--kl-horizon {args.kl_horizon}: must be more than a fifth of --rollout-batch-size "
+                        f"{args.rollout_batch_size}, or the KL coefficient could fall below 0 in one step")
     if args.reference_std is not None and (args.reward_scaling != "reference" or args.reference_std <= 0):
         raise UserError("--reference-std is for --reward-scaling reference, and must be more than 0")
 
@@ -307,15 +311,18 @@ def load_reward(args: Args, device: torch.device) -> Callable:
 def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, args: Args) -> list:
     """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share
     of the samples, or rank 0 scores all."""
-    on_rank_0 = args.reward_on == "rank0"
-    mine, real = (range(len(items)), [True] * len(items)) if on_rank_0 else rank_rows(len(items))
-    chosen = [row for row, is_real in zip(mine, real) if is_real and not (on_rank_0 and dist.get_rank())]
-    scores = []
+    if args.reward_on == "rank0":
+        mine, real = range(len(items)), [dist.get_rank() == 0] * len(items)
+    else:
+        mine, real = rank_rows(len(items))
+    chosen, scores = [row for row, is_real in zip(mine, real) if is_real], []
     if chosen:
         mine_items, mine_rows = ([part[row] for row in chosen] for part in (items, rows))
         scores = ask(reward_fn, "reward", mine_items, mine_rows, tokenizer, args.reward_timeout)
     meet()
-    return broadcast(scores) if on_rank_0 else gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
+    if args.reward_on == "rank0":
+        return broadcast(scores)
+    return gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
 
 
 def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) -> tuple[list, tuple]:
@@ -330,7 +337,8 @@ def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) ->
     scale = std if args.reward_scaling != "none" and std > 1e-6 else 1.0  # equal scores have no scale
     scores = [[value / scale for value in score] for score in scores]
     for score, ended in zip(scores, finished):
-        score[-1] -= 0.0 if ended else args.missing_eos_penalty
+        if not ended:
+            score[-1] -= args.missing_eos_penalty
     return [score if isinstance(given, list) else score[0] for score, given in zip(scores, raw)], moments
 
 
@@ -494,7 +502,8 @@ def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int,
     for what, gap in gaps.items():
         mean = gap[data["mask"]].abs().mean().item()
         if not mean < (1e-3 if dtype == torch.float32 else 3e-2):
-            raise UserError(f"{what} by {mean:.4f} nats a token: this architecture is not handled rightly here")
+            raise UserError(f"{what} by {mean:.4f} nats a token: either this architecture cannot be "
+                            "handled here, or a change of the code breaks it")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -643,9 +652,11 @@ def train(
     stop = args.stop if stop_sequences is None else stop_sequences
 
     # --- models
-    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
-    rules = LogitRules(args.temperature, end_tokens(tokenizer, path), args.min_new_tokens,
-                       check_logit_mask(logit_mask, device))
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
+    ends = end_tokens(tokenizer, path)
+    rules = LogitRules(args.temperature, ends, args.min_new_tokens,
+                       check_logit_mask(logit_mask, device, ends if args.min_new_tokens else ()))
     torch.manual_seed(args.seed)  # the value head is the same on every rank, whatever was drawn before
     model, reference, lora = build(args, path, dtype, device, rules)
     try_out(model)  # an architecture that cannot be handled ends here, in one line
@@ -751,7 +762,8 @@ def train(
         rounding = 1e-2 if dtype == torch.float32 else 0.5  # before the first step the ratio is 1 but for this
         if step == first_step and not metrics["policy/first_ratio_error"] < rounding:
             raise UserError(f"the first ratio is off by {metrics['policy/first_ratio_error']:.3f}: the update's "
-                            "forward disagrees with the rollout's, so this architecture is not handled rightly here")
+                            "forward disagrees with the rollout's. Either this architecture cannot be handled here, or a "
+                            "change of the code breaks it")
         state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())
 
@@ -775,7 +787,7 @@ def train(
             state["after"], samples = evaluate()
             metrics |= state["after"]
             log.samples(state["step"], samples)
-            reward = next(value for name, value in state["after"].items() if name.startswith("eval/reward"))
+            reward = next(value for name, value in state["after"].items() if name.split("@")[0] == "eval/reward")
             if reward > state["best"]:
                 state["best"] = reward
                 export(model, tokenizer, f"{folder}/checkpoints/best", lora, keep_going=args.keep_going)
@@ -790,7 +802,8 @@ def train(
     after = state.get("after", state["before"])
     before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
     changes = [f"{name.removeprefix('eval/')} {before.get(name, '')}{value:.3f}" for name, value in after.items()]
-    say("; ".join([*changes, f"model in {folder}/model"]))
+    say("; ".join(changes))
+    say(f"model in {folder}/model")
     return (load_lm(f"{folder}/model") if dist.get_rank() == 0 else None), tokenizer
 
 

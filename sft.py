@@ -100,9 +100,9 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """what the model computes in; weights and optimizer are float32. auto: bfloat16 on a GPU, float32 on a CPU"""
     num_layers_unfrozen: int = -1
-    """train the top n blocks only, and let a reference share the frozen rest; -1: all"""
+    """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference is the model with adapters off. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -472,7 +472,8 @@ def train(
             f"packing: a {type(lm).__name__} does not keep rows that share a line apart; each is padded instead")
     if args.gradient_checkpointing:
         checkpoint_blocks(lm)
-    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
     prepare(model, dtype, device, shard_size=args.shard_size, offload=args.offload)
     try_out(model)  # an architecture that cannot be handled ends here, in one line
     betas = (args.adam_beta1, args.adam_beta2)
@@ -504,8 +505,7 @@ def train(
                 max_new_tokens=args.max_new_tokens, seed=args.seed, batch_size=args.generation_batch_size,
                 options={"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p},
                 stop_sequences=args.stop if stop_sequences is None else stop_sequences, keep_sharded=args.keep_sharded)
-            # in this order, and a metric_fn's own `loss` does not replace the held-out one
-            metrics = {**metrics, **found, **metrics}
+            metrics |= {name: value for name, value in found.items() if name not in metrics}  # the held-out loss stays
         return metrics, outputs
 
     # --- loop
@@ -582,7 +582,8 @@ def train(
     after = state.get("after", state["before"])
     before = {name: f"{value:.3f} -> " for name, value in state["before"].items()}
     changes = [f"{name.removeprefix('eval/')} {before.get(name, '')}{value:.3f}" for name, value in after.items()]
-    say("; ".join([*changes, f"model in {folder}/model"]))
+    say("; ".join(changes))
+    say(f"model in {folder}/model")
     if walks and "eval/invalid" in after:
         invalid = sum(walks.metric(walks.walks)["invalid"]) / len(walks.walks)
         say(f"share of valid paths, over edges that exist to the goal: {1 - after['eval/invalid']:.3f}; of the walks "

@@ -185,9 +185,16 @@ def unsharded(model: nn.Module, keep_sharded: bool = False):
              if module is not model]
     for live, _ in hooks:
         live.clear()
+    # but for one thing that they do: what embeddings have made in float32 goes into the blocks in their own dtype
+    firsts = [blocks[0] for blocks in block_lists(model)] if groups and model.dtype != torch.float32 else []
+    casts = [block.register_forward_pre_hook(lambda _, inputs: tuple(
+        part.to(model.dtype) if isinstance(part, torch.Tensor) and part.is_floating_point() else part
+        for part in inputs)) for block in firsts]
     try:
         yield
     finally:
+        for cast in casts:
+            cast.remove()
         for live, saved in hooks:
             live.update(saved)
         for module in groups:

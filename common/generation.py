@@ -17,7 +17,7 @@ from common.data import short, whole_text
 from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
 from common.functions import ask, load_function
 from common.graphs import FixedBatch
-from common.models import LanguageModel, LogitRules, collate, load_classifier, pad_rows
+from common.models import LanguageModel, LogitRules, collate, load_classifier, pad_rows, reach
 
 
 @dataclass
@@ -101,9 +101,9 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = (room[:, :, :new] for room in self.room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep these rows."""
-        self.take(indices, 0, None)
+        self.take(beam_idx, 0, None)
 
     def take(self, rows: torch.Tensor, skip: int, other: DynamicLayer | None) -> None:
         """Keep these rows, without their first `skip` columns, and add those of another layer, flush right."""
@@ -162,7 +162,7 @@ class _Batch:
             width = max(part.shape[1] for part in masks)
             mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in masks])
         else:
-            self.cache.batch_select_indices(at)
+            self.cache.reorder_cache(at)  # of these two methods the one that every kind of layer has
         rows, each = [self.rows[place] for place in places], [self.previous[at], self.index[at], self.numbers[at]]
         if fresh:
             rows += fresh.rows
@@ -197,7 +197,7 @@ def _begin(model: LanguageModel, rows: list[int | None], texts: list[list[int]])
     if len(unique) < len(rows):  # several outputs of one prompt
         number = {text: i for i, text in enumerate(unique)}
         at = torch.tensor([number[tuple(text)] for text in texts], device=device)
-        cache.batch_select_indices(at)
+        cache.reorder_cache(at)
         logits, states, previous = logits[at], states[at], previous[at]
         mask, encoder = None if mask is None else mask[at], {name: part[at] for name, part in encoder.items()}
     index = torch.zeros(len(rows), dtype=torch.long, device=device)
@@ -226,7 +226,8 @@ def generate(
     batch_size: most rows at a time; all by default. stop: see `stop_checker`. adjust_logits(logits (b, V), state
     (b, H), previous (b,)) -> logits, before the rules. synced: the model is sharded, so all ranks must take the same
     number of steps, and begin all their prompts at once; else ranks may stop apart. fixed: decode in shapes that do not
-    change, by CUDA graphs (see `FixedBatch`), where the cache allows it; on a GPU by default, and never when synced.
+    change, by CUDA graphs (see `FixedBatch`), where cache and attention allow it; on a GPU by default, and never when
+    synced.
 
     Rows that have ended leave the batch, and the cache, once they are a quarter of it; prompts that wait take their
     places where the cache allows it. Equal prompts that begin together are read once.
@@ -239,6 +240,8 @@ def generate(
     uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, limit, device=device)
     most = min(batch_size or len(prompts), len(prompts)) or 1
     fixed = (device.type == "cuda" if fixed is None else fixed) and not synced and model.takes_positions
+    # there the columns of a row are not distances, which windows and ALiBi count
+    fixed = fixed and reach(model) >= max(map(len, prompts)) + limit and not getattr(model.lm.config, "alibi", False)
     waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths together
 
     def draw(logits, states, previous, index, numbers):
@@ -288,9 +291,9 @@ def generate(
 
 def try_out(model: LanguageModel) -> None:
     """Generate and score a few tokens. Raises UserError, in one line, for an architecture that cannot be handled."""
-    prompts = [[0], [0, 0, 0]]
+    prompts = [[0], [0, 0, 0], [0]]  # equal ones too, which are read once
     try:
-        responses = generate(model, prompts, torch.full((2, 2), 0.5), synced=True).tokens
+        responses = generate(model, prompts, torch.full((3, 2), 0.5), synced=True).tokens
         with torch.no_grad():
             model(**collate(prompts, responses, model.start_id, model.device))
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:

@@ -86,7 +86,8 @@ def _find(args, name) -> tuple[str, list[str]]:
     found = []
     if args.resume not in (None, "auto"):
         found = [args.resume.rstrip("/")]
-        folder = args.output_dir or os.path.dirname(os.path.dirname(os.path.abspath(found[0])))
+        beside = os.path.dirname(os.path.abspath(found[0]))  # checkpoints/, or the run's folder itself
+        folder = args.output_dir or beside.removesuffix("/checkpoints")
     elif args.resume:
         folder = next((folder for folder in reversed(taken) if checkpoints(f"{folder}/checkpoints")), base)
     elif args.output_dir and taken:
@@ -110,7 +111,7 @@ def _prepare(args, folder, checkpoint, free) -> None:
                 flag = f"--{key.replace('_', '-')}"
                 raise UserError(f"--resume {checkpoint}: is of another run: its {flag} was {before.get(key)}, "
                                 f"not {settings[key]}")
-        for later in checkpoints(os.path.dirname(os.path.abspath(checkpoint))):
+        for later in checkpoints(f"{folder}/checkpoints"):  # another run's, that is only read, stay
             if int(later.rsplit("-", 1)[1]) > state["step"]:
                 drop(later)
     os.makedirs(f"{folder}/checkpoints", exist_ok=True)

@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -146,13 +147,24 @@ def _readable(flag: str, path: str):
 
 
 def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
-    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models').
-    path: the model's, None for one from scratch."""
+    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models'), or
+    without one its config. path: the model's, None for one from scratch."""
     extra = None
-    with contextlib.suppress(OSError):  # it has none
-        extra = GenerationConfig.from_pretrained(path).eos_token_id if path else None
+    if path:
+        try:
+            extra = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:  # it has none
+            extra = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config().eos_token_id
     extra = extra if isinstance(extra, list) else [extra]
     return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens a model can read, if its positions are limited. RoBERTa's begin behind its pad token's."""
+    count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    spent = [part.padding_idx + 1 for part in model.modules() if isinstance(part, nn.Embedding)
+             and part.num_embeddings == count and part.padding_idx is not None]
+    return count and count - max(spent, default=0)
 
 
 def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[list[str]], list[float]]:
@@ -164,10 +176,12 @@ def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[
             raise UserError(f"{flag} {path}: is not a sequence-classification model; its head would be random")
         classify = pipeline("text-classification", model=path, device=device, top_k=None, truncation=True,
                             batch_size=batch_size, **NO_CODE)
-    if classify.tokenizer.pad_token is None:  # GPT-2-like reward models, which read the last token that is not a pad
+    if classify.tokenizer.pad_token is None:
         classify.tokenizer.pad_token = classify.tokenizer.eos_token
-        classify.model.config.pad_token_id = classify.tokenizer.pad_token_id
-    longest = getattr(classify.model.config.get_text_config(), "max_position_embeddings", None)
+    # GPT-2-like reward models read the last token that is not a pad
+    classify.model.config.pad_token_id = classify.tokenizer.pad_token_id
+    classify.tokenizer.truncation_side = "left"  # what is to be judged, the output, stands at the end
+    longest = positions_of(classify.model)
     if longest and classify.tokenizer.model_max_length > longest:
         classify.tokenizer.model_max_length = longest
     labels = classify.model.config.id2label
@@ -268,13 +282,16 @@ def load_heads(folder: str) -> dict[str, nn.Module]:
 # --- from logits to the policy ----------------------------------------------------------------------------------------
 
 
-def check_logit_mask(mask, device: torch.device) -> torch.Tensor | None:
-    """A user's logit mask (see `LogitRules`) on the device. Raises UserError for what cannot be one."""
+def check_logit_mask(mask, device: torch.device, not_yet: tuple[int, ...] = ()) -> torch.Tensor | None:
+    """A user's logit mask (see `LogitRules`) on the device. not_yet: tokens that may be forbidden beside it, the end
+    tokens of outputs that must not be short. Raises UserError for what cannot be one."""
     if mask is None:
         return None
     fits = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 2
-    if not fits or mask.shape[0] != mask.shape[1] or not len(mask) or mask.all(1).any():
-        raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor")
+    others = [token for token in range(len(mask) if fits else 0) if token not in not_yet]
+    if not fits or mask.shape[0] != mask.shape[1] or not len(mask) or mask[:, others].all(1).any():
+        raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor"
+                        + (", the end tokens left out, which --min-new-tokens forbids" if not_yet else ""))
     return mask.to(device)
 
 
@@ -621,17 +638,21 @@ def _alone(model: LanguageModel, row: list[int]) -> torch.Tensor:
     return model._states(trunk_of(model.lm), ids, torch.ones_like(ids))[0]
 
 
+def reach(model: LanguageModel) -> float:
+    """How many tokens back attention may look, where the config limits it: a sliding window, a chunk."""
+    config = model.lm.config.get_text_config().to_dict()
+    return min([value for name, value in config.items() if type(value) is int and value > 0
+                and ("window" in name or "chunk" in name) and name != "max_window_layers"], default=math.inf)
+
+
 @torch.no_grad()
 def shares_exactly(model: LanguageModel, longest: int) -> bool:
     """Whether the outputs of a line of `collate_branches` have the hidden states that they have alone behind their
     prompt, in rows of at most `longest` tokens. To be asked before the model is sharded, as `packs_exactly`.
 
-    Where attention reaches less far than that (sliding windows, chunks) the answer is no: a mask given replaces them.
+    Where attention reaches less far than that the answer is no: a mask given replaces what limits it.
     """
-    config = model.lm.config.get_text_config().to_dict()
-    reach = min([value for name, value in config.items() if type(value) is int and value > 0
-                 and ("window" in name or "chunk" in name) and name != "max_window_layers"], default=longest)
-    if model.seq2seq or not model.takes_positions or reach < longest:
+    if model.seq2seq or not model.takes_positions or reach(model) < longest:
         return False
     words = model.lm.get_input_embeddings().weight.shape[0]
     texts = [[(7 * i + 3 * n) % words for i in range(min(n, max(1, longest // 2)))] for n in (6, 4, 9, 1, 5, 3)]
@@ -678,10 +699,11 @@ class _NoEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module):
         super().__init__()
         self.width = embedding.weight.shape[1]
-        self.register_buffer("like", torch.zeros(1, dtype=embedding.weight.dtype), persistent=False)
+        # a parameter, which FSDP gathers in the dtype that the blocks compute in
+        self.like = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def forward(self, ids, *_, **__):
-        return self.like.expand(*ids.shape, self.width)
+        return self.like.new_zeros(*ids.shape, self.width)
 
 
 def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.Module:

@@ -66,7 +66,7 @@ def random_walks(
 ) -> RandomWalks:
     """Draw a graph and `count` walks. Graphs are drawn again until every node has an edge and the goal can be reached
     from every node in fewer than max_length nodes (trlX accepts graphs where it cannot, and divides by zero)."""
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed % 2**32)  # it takes no larger ones
     while True:
         adjacency = rng.rand(nodes, nodes) > 1 - edge_probability
         np.fill_diagonal(adjacency, False)

@@ -38,6 +38,11 @@ class Row(NamedTuple):
     messages: list[dict] | None = None
     first: int = 0  # the number of the first message that may be trained
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it ends with what is not trained, such as a user's message that waits for an answer."""
+        return not (self.messages[-1]["role"] == "assistant" if self.messages else self.said[-1])
+
 
 def formatted_rows(
     given: list | None, path: str | None, flag: str, format_fn: Callable | None
@@ -147,7 +152,7 @@ def encode(
                          [(row.turns, row.said)])
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        asks = open_ended and not row.messages and not row.said[-1]  # ends with a turn that waits for an answer
+        asks = open_ended and not row.messages and row.goes_on
         if apart and row.said != [True]:  # the prompt is all that comes before an output, or what of it is given
             parts = [(turns, [*said, True] if asks else said) for turns, said in found[-1]]
             found[-1] = [(["".join(turns[max(0, i - (history or i)) : i]), *turns[i : i + 1]],
@@ -163,7 +168,7 @@ def encode(
         head, tail = ([], []) if row.messages else specials  # a chat template writes its own
         examples.append([])
         number = 0  # of the row's outputs so far
-        goes_on = open_ended and not (row.messages[-1]["role"] == "assistant" if row.messages else row.said[-1])
+        goes_on = open_ended and row.goes_on
         for _, said in parts:
             first, *others = next(tokenized)
             first += tail

@@ -80,6 +80,8 @@ def main(args: Args) -> None:
         made = [each for row in rows for each in functions[args.function](row)]
     except KeyError as error:
         raise UserError(f"{args.dataset}: has no column {error}, only {listed(rows[0])}") from None
+    if not made:
+        raise UserError(f"{args.dataset}: {args.function} makes no row of its {len(rows)}; look at their columns and types")
     write_rows(args.output, made, "--output")
     print(f"{len(made)} rows in {args.output}")
 

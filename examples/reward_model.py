@@ -35,7 +35,7 @@ from common.cli import UserError, check_bounds, run  # noqa: E402
 from common.data import shuffled, special_tokens, window  # noqa: E402
 from common.distributed import block_lists  # noqa: E402
 from common.functions import load_function  # noqa: E402
-from common.models import NO_CODE, load_tokenizer, pad_rows  # noqa: E402
+from common.models import NO_CODE, load_tokenizer, pad_rows, positions_of  # noqa: E402
 
 Pair = tuple[list[int], list[int]]  # token ids, whole texts, chosen and rejected
 
@@ -110,7 +110,8 @@ def load_model(args: Args):
     head = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == 1][-1]
     if not any("SequenceClassification" in name for name in config.architectures or []):  # else it is trained further
         head.weight.data.normal_(0, (head.in_features + 1) ** -0.5)
-    own = reward_tokenizer(tokenizer, window(args.max_length, config.get_text_config()))
+    longest = window(args.max_length, config.get_text_config())
+    own = reward_tokenizer(tokenizer, min(longest, positions_of(model) or longest))
     if len(own) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(own), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = own.pad_token_id

@@ -136,7 +136,7 @@ def main(args: Args):
     if bool(args.model) != bool(args.reward) or args.model and not args.prompts:
         raise UserError("give --model, --prompts and --reward; or none of them, for random walks")
     device = init(args.seed)
-    path = args.model or f"{args.output_dir}/start"
+    path = args.model or f"{args.output_dir}/start-{args.seed}"
     if broadcast(os.path.exists(f"{args.output_dir}/model")):
         raise UserError(f"--output-dir {args.output_dir}: holds a model already; choose another")
     if args.model is None:
@@ -183,13 +183,13 @@ def main(args: Args):
             kept.append(len(examples))
             for epoch in range(args.epochs):
                 order = torch.randperm(len(examples), generator=generator(args.seed, 3, number, step, epoch))
-                for batch in order.split(args.batch_size):
+                for batch in order.split(args.batch_size) if examples else ():
                     losses.append(sft.batch_loss(model, [examples[i] for i in batch], None, args.micro_batch_size))
                     optimizer_step(optimizer, rate, 1.0, losses[-1], steps, stop)
                     steps += 1
         known = sum(len(archive.outputs) for archive in archives)
         say(f"round {number + 1}: score {means[-1]:.3f}; trained on {', '.join(map(str, kept))} of {known} outputs; "
-            f"{len(losses)} steps, loss {np.mean(losses):.3f}; {time.time() - begun:.0f} s")
+            f"{len(losses)} steps, loss {np.mean(losses or [0.0]):.3f}; {time.time() - begun:.0f} s")
     _, scores = draw(args.rounds)
     means.append(sum(scores) / len(scores))
     export(model, tokenizer, f"{args.output_dir}/model")

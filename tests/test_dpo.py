@@ -1596,7 +1596,8 @@ def test_the_command_alone(walked):
     lines = done.stdout.splitlines()
     assert any(re.match(r"\d+ pairs to train on, \d+ held out", line) for line in lines)
     assert "before training" in lines and "after training" in lines and done.stderr == ""
-    assert re.search(r"preference_loss 0\.693 -> 0\.\d{3}; .*optimality .*; model in .*/model$", lines[-1])
+    assert re.search(r"preference_loss 0\.693 -> 0\.\d{3}; .*optimality \d\.\d{3} -> .*\d$", lines[-2])
+    assert re.fullmatch("model in .*/model", lines[-1])
     rows = rows_of(folder)
     assert [row["samples"] for row in rows] == [0, 64, 128]
     assert rows[1]["train/preference_loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -1,5 +1,6 @@
 """The examples: reward functions on inputs made by hand and as a user runs them, row formats, model configs."""
 
+import copy
 import json
 import math
 import sys
@@ -9,13 +10,13 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import ROOT, VOCABULARY, char_tokenizer
+from conftest import CONFIGS, ROOT, VOCABULARY, char_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import ppo
 from common.cli import UserError
 from common.functions import call, check_scores, load_function
-from common.models import new_lm
+from common.models import load_classifier, new_lm
 from common.samples import sample_row
 
 REWARDS = f"{ROOT}/examples/rewards.py"
@@ -219,6 +220,8 @@ def save_classifier(folder, labels):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+    tokenizer.truncation_side = "left"  # of a long text the end is read, where the output is
+
     def outputs(text):
         with torch.no_grad():
             logits = model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0]
@@ -228,6 +231,36 @@ def save_classifier(folder, labels):
 
 
 TEXTS = ["good", "a very bad film", "", "x", "so long that it is cut off at the end of what the model takes"]
+
+
+@pytest.mark.parametrize("pad", [None, 0, 2])
+def test_a_reward_model_scores_a_text_as_if_alone_whatever_pad_its_config_has(pad, tmp_path):
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.pad_token_id, config.num_labels = pad, 1
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.15)
+    model.save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    score = load_classifier(str(tmp_path), "--reward", "cpu", 4)
+    texts = ["hello", "a b", "hello world again"]
+    assert score(texts) == pytest.approx([score([text])[0] for text in texts], abs=1e-5)
+    long = "hello" * 13  # more than the 64 positions
+    assert score([long + " this is good"]) != pytest.approx(score([long + " awful bad bad"]), abs=1e-4)
+
+
+def test_a_roberta_reads_as_many_tokens_as_it_has_positions_behind_its_pad(tmp_path):
+    config = transformers.RobertaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=34,
+        vocab_size=VOCABULARY, pad_token_id=1, bos_token_id=0, eos_token_id=2, num_labels=1)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer = char_tokenizer()  # which names no length
+    tokenizer.pad_token = "<bos>"
+    tokenizer.save_pretrained(tmp_path)
+    score = load_classifier(str(tmp_path), "--metric", "cpu", 4)
+    assert len(score(["hello" * 20, "abc"])) == 2
 
 
 @pytest.mark.parametrize("labels", [("NEGATIVE", "POSITIVE"), ("POSITIVE", "NEGATIVE"), ("LABEL_0", "LABEL_1")])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, CONFIGS, VOCABULARY, bpe_tokenizer, char_tokenizer
+from conftest import _IDS, _LLAMA, ARCHITECTURES, CONFIGS, VOCABULARY, bpe_tokenizer, char_tokenizer
 from test_models import CPU, PROMPTS, close, tiny, train
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from common import graphs
 from common.distributed import generator, unsharded
-from common.generation import find_stop, generate, noise, pick, sample_texts, stop_checker
+from common.generation import find_stop, generate, noise, pick, sample_texts, stop_checker, try_out
 from common.models import LanguageModel, LogitRules, collate, make_head, prepare
 
 MANY = [PROMPTS[i % len(PROMPTS)] + [i % VOCABULARY] for i in range(12)]
@@ -687,6 +687,50 @@ def test_rows_that_have_ended_stay_inside_the_models_positions(architecture, mon
     assert generate(model, prompts, numbers, batch_size=16, stop=stop, fixed=True).tokens == expected.tokens
     idle = [length for rows, lengths in steps for row, length in zip(rows, lengths) if row is None]
     assert max(idle) > 64, "the test has no row that would go on so far"
+
+
+_LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+               layer_types=["linear_attention", "full_attention", "full_attention"], num_key_value_heads=2, head_dim=8)
+UNUSUAL = {  # windows counted in columns, biases by distance, and caches that are no keys and values
+    "gpt_neo": transformers.GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, window_size=8, intermediate_size=64,
+                                         attention_types=[[["global", "local"], 1]], max_position_embeddings=64, **_IDS),
+    "falcon": transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, **_IDS),
+    "lfm2": transformers.Lfm2Config(num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], **_LLAMA),
+    "qwen3_5": transformers.Qwen3_5TextConfig(**_LINEAR, **_LLAMA),
+}
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_rows_of_unusual_attention_are_those_of_the_forward(name, fixed):
+    """Rows that outgrow a window, places taken again, equal prompts: the sampler's log-probs are the forward's."""
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(UNUSUAL[name]).eval()
+    for parameter in lm.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.15)
+    model, rules = LanguageModel(lm), LogitRules(eos_ids=(2, 3, 4, 5))
+    try_out(model)
+    prompts = [[5, 6, 7], [8] * 20, [9], [5, 6, 7], [10, 11, 12, 13, 14], [20, 21]]
+    out = generate(model, prompts, uniforms(6, 24), rules, batch_size=3, fixed=fixed)
+    assert max(map(len, out.tokens)) > 8 and out.tokens[0] != out.tokens[3]
+    with torch.no_grad():
+        logprobs = model(**collate(prompts, out.tokens, None, CPU), rules=rules)["logprobs"]
+    assert sum(out.logprobs, []) == pytest.approx(logprobs.tolist(), abs=1e-4)
+
+
+def test_embeddings_in_float32_do_not_stop_a_bfloat16_rollout():
+    """XGLM adds positions that are no parameters, and so float32; FSDP's hooks, which a rollout takes off, cast that."""
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.XGLMConfig(
+        d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64, **_IDS)).eval()
+    model = prepare(LanguageModel(lm), torch.bfloat16, CPU)
+    for _ in range(2):
+        with unsharded(model):
+            out = generate(model, MANY, uniforms(12, 8))
+        with torch.no_grad():
+            logprobs = model(**collate(MANY, out.tokens, None, CPU))["logprobs"]
+        assert (torch.tensor(sum(out.logprobs, [])) - logprobs).abs().mean() < 0.1
 
 
 # --- sharded models ---------------------------------------------------------------------------------------------------

@@ -590,6 +590,21 @@ def test_rewards_are_normalised_by_the_totals_of_the_rows(how, seq2seq):
     assert VARIED == given
 
 
+def test_the_mean_is_not_taken_off_rows_that_go_on():
+    """In steps of a longer story it would be taken off once a step, and so pay, or fine, for the story's length: the
+    values of a choice between one step of 1.2 and two of 0.8 each would change places."""
+    steps = [reply(["s", "a"], 1.2), reply(["s", "b", "t"], 0.8), reply(["t", "a"], 0.8),
+             {"messages": says("s", "b", "t"), "reward": 0.8}, {"messages": says("t", "a"), "reward": 0.8}]
+    totals = [1.2, 0.8, 0.8, 0.8, 0.8]
+    mean, std = statistics.mean(totals), statistics.stdev(totals)
+    found = [rewards[-1] for _, rewards, _ in written_of(steps, normalize_rewards="mean-std")]
+    ends = [True, False, True, False, True]
+    assert found == pytest.approx([(total - mean * end) / std for total, end in zip(totals, ends, strict=True)])
+    long = reply(["s", "cd", "efgh", "ij"], [1.2, 2])  # in 6 tokens its end is lost, and the mean with it
+    found = written_of([long, reply(["s", "a"], 2)], longest=6, normalize_rewards="mean-std")
+    assert found[0] == ("s[cd]", [0, pytest.approx(1.2 / statistics.stdev([3.2, 2]))], "cdefgh")
+
+
 @pytest.mark.parametrize("how", ["none", "mean-std", "std"])
 def test_rewards_without_a_spread_are_as_they_are(how):
     assert written_of([reply(["a", "b"], 5)], normalize_rewards=how) == [("a[b$]", [0, 5], "")], "one sample only"
@@ -622,7 +637,7 @@ LONG = {  # turns, reward -> what is left of them in 8 tokens: prompts cut on th
 LOST_ENDS = {  # the same with a reward for each output: what has lost its last reward goes on
     ("abcdefghij", "klm"): ("ghij[klm$]", zeros(3, 1), ""), ("ab", "klmnopqrst"): ("ab[klmnop]", zeros(6), "abklmnop"),
     ("abcdef", "klmnopqrst"): ("cdef[klmn]", zeros(4), "cdefklmn"),
-    ("ab", "cd", "efgh", "ij"): ("ab[cd]", [0, 1], "abcd"),
+    ("ab", "cd", "efgh", "ij"): ("ab[cd]", [0, 1], "abcdefgh"),  # cut in the user's words: the state behind them
     ("ab", "cde", "f", "ij"): ("ab[cde]f[ij]", [0, 0, 1, 0, 0], "abcdefij"),
     ("a", "bcd", "e", "fgh", "i"): ("a[bcd]e[fgh]", [0, 0, 1, 0, 0, 2], "bcdefghi")}
 
@@ -744,7 +759,13 @@ def test_any_row_in_any_window(seed):
                 assert list(item.output) == list(full.output)[: len(item.output)]
                 assert list(item.actions) == list(full.actions)[:count] and mine == raw[:count]
                 if len(item.output) < len(full.output) and isinstance(reward, list):
-                    assert (item.next_prompt, item.next_output) == (item.prompt, item.output)
+                    if len(item.output) in full.actions:  # an output has lost its end
+                        assert (item.next_prompt, item.next_output) == (item.prompt, item.output)
+                        continue
+                    heard = [*full.prompt, *full.output[: full.actions[count]]]  # the state behind the user's words
+                    head = len(tokenizer("").input_ids)
+                    cut_heard = heard if len(heard) <= longest else heard[:head] + heard[len(heard) - longest + head:]
+                    assert (list(item.next_prompt), list(item.next_output)) == (cut_heard, [])
                     continue
             assert bool(item.next_prompt) == goes_on and not item.next_output
             assert goes_on == (not last or bool(turns and len(turns) % 2))

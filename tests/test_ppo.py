@@ -63,6 +63,7 @@ VARIANTS = {
     "gemma2 hydra": dict(num_layers_unfrozen=1),
     "gemma3": dict(),
     "bloom hydra": dict(num_layers_unfrozen=1),
+    "bloom value branch bfloat16": dict(num_value_layers=1, dtype="bfloat16"),
     "t5": dict(),
     "t5 hydra branch": dict(num_layers_unfrozen=1, num_value_layers=1),
     "t5_v1_1 lora": dict(lora_rank=4),
@@ -279,6 +280,54 @@ def test_resuming_from_an_older_checkpoint_drops_the_later_ones(model_path, tmp_
     ppo.train(ppo.Args(resume=older, max_steps=3, **flags), reward_fn=letters, prompts=PROMPTS)
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-1", "step-2", "step-3"]
     ppo.train(ppo.Args(resume=older, max_steps=2, **flags), reward_fn=letters, prompts=PROMPTS)  # nothing left to do
+    assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-1", "step-2"]
+
+
+def test_resuming_elsewhere_leaves_the_other_run_as_it_is(model_path, tmp_path):
+    flags = dict(model=model_path("gpt2"), save_every=1, keep_checkpoints=5, **{**TINY, "total_episodes": 32})
+    one, other = tmp_path / "one", tmp_path / "other"
+    ppo.train(ppo.Args(output_dir=str(one), **flags), reward_fn=letters, prompts=PROMPTS)
+    before = {path: path.read_bytes() for path in one.rglob("*") if path.is_file()}
+    elsewhere = ppo.Args(resume=str(one / "checkpoints" / "step-2"), output_dir=str(other), max_steps=3, **flags)
+    ppo.train(elsewhere, reward_fn=letters, prompts=PROMPTS)
+    assert sorted(os.listdir(other / "checkpoints")) == ["best", "step-3"]
+    assert {path: path.read_bytes() for path in one.rglob("*") if path.is_file()} == before
+
+
+def test_the_best_model_is_that_of_the_best_reward(model_path, tmp_path, monkeypatch):
+    """Whatever else a metric function calls its numbers."""
+    rewards, exported = iter([0.0, 5.0, 7.0, 6.0]), []
+    plain = ppo.export
+    monkeypatch.setattr(ppo, "export", lambda model, tokenizer, folder, *rest, **flags: exported.append(
+        (os.path.basename(folder), round(seen[-1]))) or plain(model, tokenizer, folder, *rest, **flags))
+    seen = []
+
+    def reward(outputs):
+        return [0.0] * len(outputs)
+
+    def evaluate(*_, **__):
+        seen.append(next(rewards))
+        return {"eval/reward_length": 10 - seen[-1], "eval/reward": seen[-1], "eval/length": 1.0}, [
+            {"prompt": "", "output": "", "reward": 0.0}]
+
+    monkeypatch.setattr(ppo, "evaluate_samples", evaluate)
+    flags = {**TINY, "total_episodes": 24, "eval_every": 1}
+    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **flags), reward_fn=reward,
+              prompts=PROMPTS)
+    assert exported == [("best", 5), ("best", 7), ("model", 6)]
+
+
+def test_the_kl_coefficient_cannot_change_its_sign():
+    assert ppo.adapt_kl_coef(0.05, 0.0, 6.0, 2048, 256) < 0, "what the flags must not allow"
+    with pytest.raises(UserError, match="^--kl-horizon 256: must be more than a fifth of --rollout-batch-size 2048"):
+        ppo.check(ppo.Args(model="m", reward="r.py:f", kl_target=6.0, kl_horizon=256, rollout_batch_size=2048,
+                           total_episodes=4096))
+
+
+def test_prompts_of_ones_own_are_not_cut_to_the_tasks_words():
+    args = ppo.arguments(model="m", reward="sentiment", prompts="mine.jsonl")
+    assert args.prompt_words is None and args.eval_prompts is None
+    assert ppo.arguments(model="m", reward="sentiment").prompt_words == 4
 
 
 def test_equal_scores_are_not_scaled_up():
@@ -437,7 +486,8 @@ def test_the_command_alone_shows_tables_and_one_final_line(started):
     run, done = started
     lines = done.stdout.splitlines()
     assert "before training" in lines and "after training" in lines
-    assert re.fullmatch(r"optimality \d\.\d{3} -> \d\.\d{3}; invalid .*; model in .*/model", lines[-1])
+    assert re.fullmatch(r"optimality \d\.\d{3} -> \d\.\d{3}; invalid .*\d", lines[-2])
+    assert re.fullmatch("model in .*/model", lines[-1])
     assert done.stderr == ""
     assert max(map(len, lines[:-1])) <= 120
 

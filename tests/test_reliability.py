@@ -381,6 +381,9 @@ def test_a_loss_that_is_not_finite_stops_and_is_replayed(script, value, model_pa
     said = capsys.readouterr().out
     assert "loss and gradient are finite now" in said and not (tmp_path / "not used").exists()
     assert contents(folder) == before, "a replay changes nothing"
+    if script == "sft":  # from there on, in the run's own folder
+        train(script, model_path("gpt2"), None, output_dir=None, eval_every=99, resume=str(saved))
+        assert (folder / "model").exists() and (folder / "checkpoints" / "step-9").exists()
     if script != "ppo":
         whole = float(next(line for line in said.splitlines() if line.startswith("all")).split()[1])
         assert whole == pytest.approx(lines(tmp_path / "straight")[3][metric], abs=2e-3), "other weights, or batch"
