@@ -5,9 +5,8 @@
 
 Samples four outputs for each of 256 beginnings of reviews, ranks them by a sentiment classifier, whose score is the
 true reward here, and makes of each four the six pairs. Trains dpo.py on them at several betas, with IPO too, and ppo.py
-on the score itself. Draws each run's way through KL and score, measured on samples, and
-prints where each run ended, measured anew for all alike on the same held-out prompts. Needs
-benchmarks/requirements.txt.
+on the score itself at several KL coefficients. Prints and draws where each run ended, measured for all alike on samples
+for the same held-out prompts. Needs benchmarks/requirements.txt.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from common.models import LanguageModel, LogitRules, end_tokens, load_classifier
 TOKENS, WORDS = 40, 4
 RUNS = {**{f"dpo-{beta:g}": ["dpo.py", "--beta", f"{beta:g}"] for beta in (0.05, 0.2, 1.0)},
         **{f"ipo-{beta:g}": ["dpo.py", "--loss", "ipo", "--beta", f"{beta:g}"] for beta in (3.0, 10.0)},
-        **{f"ppo-{coef:g}": ["ppo.py", "--kl-coef", f"{coef:g}"] for coef in (0.02,)}}
+        **{f"ppo-{coef:g}": ["ppo.py", "--kl-coef", f"{coef:g}"] for coef in (0.02, 0.1, 0.3)}}
 
 
 class Sampler:
@@ -96,33 +95,25 @@ def run(name: str, args, folder: Path) -> None:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
 
 
-def way(folder: Path) -> list[tuple[float, float]]:
-    """(KL, score) of a run's samples as it went on: of dpo.py's evaluations, of ppo.py's rollouts."""
-    with open(folder / "metrics.jsonl") as file:
-        rows = [json.loads(line) for line in file]
-    names = ("rollout/kl", "rollout/score") if any("rollout/kl" in row for row in rows) else ("eval/kl", "eval/score")
-    return [tuple(row[name] for name in names) for row in rows if names[0] in row]
-
-
-def draw(folder: Path, finals: dict[str, dict], out: str) -> None:
-    """All ways in one picture."""
-    figure, panel = plt.subplots(figsize=(7, 4.6))
-    shades = {"dpo": plt.cm.Blues, "ipo": plt.cm.Greens, "ppo": plt.cm.Oranges}
-    words = {"dpo": "DPO, beta", "ipo": "IPO, beta", "ppo": "PPO, KL coefficient"}
-    for name in RUNS:
-        kind, value = name.split("-")
-        family = [other for other in RUNS if other.startswith(kind)]
-        colour = shades[kind](0.4 + 0.55 * family.index(name) / max(1, len(family) - 1))
-        points = way(folder / name)
-        panel.plot(*zip(*points), marker="o", markersize=3, linewidth=1, color=colour, label=f"{words[kind]} {value}")
-        panel.plot(finals[name]["kl"], finals[name]["score"], marker="*", markersize=11, color=colour,
-                   markeredgecolor="black", markeredgewidth=0.5)
-    panel.set_xlabel("KL to the reference, nats an output of at most 40 tokens")
+def draw(finals: dict[str, dict[str, tuple[float, float]]], out: str) -> None:
+    """Where each run ended, (mean, standard error) of KL and score, those of a method joined, in one picture."""
+    figure, panel = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for kind, words, colour, marker in (("dpo", "DPO, beta", "#0072b2", "o"), ("ipo", "IPO, beta", "#009e73", "s"),
+                                        ("ppo", "PPO, KL coefficient", "#d55e00", "^")):
+        ends = sorted(((finals[name], name.split("-")[1]) for name in RUNS if name.startswith(kind)),
+                      key=lambda end: end[0]["kl"])
+        kls, scores = (list(zip(*(end[metric] for end, _ in ends))) for metric in ("kl", "score"))
+        panel.errorbar(kls[0], scores[0], scores[1], kls[1], color=colour, marker=marker, markersize=5, linewidth=1,
+                       label=f"{words} {', '.join(value for _, value in ends)}")
+        for end, value in ends:
+            panel.annotate(value, (end["kl"][0], end["score"][0]), (5, -11), textcoords="offset points", fontsize=8,
+                           color=colour)
+    panel.errorbar(0, *finals["start"]["score"], color="black", marker="*", markersize=9, linestyle="", label="start")
+    panel.set_xlabel("KL to the start, nats an output of at most 40 tokens")
     panel.set_ylabel("mean score: probability of a positive review")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    panel.legend(fontsize=9, loc="lower right", title="values from left to right; bars: standard error")
+    figure.savefig(out, dpi=200)
     print(f"wrote {out}")
 
 
@@ -157,11 +148,12 @@ def main():
         items = sampler.sample(model, rows, seed=12)
         kl = dpo.sample_kl(model, lambda batch: start(**batch, with_entropy=False)["logprobs"], items, 64)["kl"]
         found = {"score": torch.tensor([item["score"] for item in items]), "kl": torch.tensor(kl)}
-        finals[name] = {metric: values.mean().item() for metric, values in found.items()}
-        score, kl = (f"{values.mean():.3f} +- {values.std() / len(items) ** 0.5:.3f}" for values in found.values())
+        finals[name] = {metric: (values.mean().item(), values.std().item() / len(items) ** 0.5)
+                        for metric, values in found.items()}
+        score, kl = (f"{value:.3f} +- {error:.3f}" for value, error in finals[name].values())
         distinct = len({item["output"] for item in items}) / len(items)
         print(f"{name:>10}  {score:>15}  {kl:>15}  {distinct:.3f}", flush=True)
-    draw(folder, finals, args.out)
+    draw(finals, args.out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ UNSEEN = {"seed", "output_dir", "resume", "replay", "config", "track", "save_eve
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")  # told apart by all eyes
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 MOST = 6  # panels that nobody asked for
+UNITS = (("kl$|kl_k3$|approx_kl$|entropy$|sampler_gap$", "nats"), ("loss/lm$|loss/awac$|eval/loss$", "nats"),
+         ("/length$", "tokens"), ("seconds$", "s"))  # of metrics that have one
 
 
 @dataclass
@@ -273,6 +275,7 @@ def draw(drawn: dict[str, dict[str, Curve]], args: Args) -> None:
     down = math.ceil(len(drawn) / across)
     size = (6 if across == 1 else 8, (3.6, 2.7, 2.3)[across - 1] * down + 0.1 * len(seeds) + 0.3)
     figure, panels = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained", facecolor="white")
+    cut = False  # whether a band leaves its frame
     for place, (panel, (metric, by_name)) in enumerate(zip(panels.flat, drawn.items())):
         for name, found in by_name.items():
             few = len(found.x) + max([len(xs) for xs, _ in found.tails], default=0) < 10
@@ -283,7 +286,10 @@ def draw(drawn: dict[str, dict[str, Curve]], args: Args) -> None:
         low, high = (limit(found.span[i] for found in by_name.values()) for i, limit in enumerate((min, max)))
         if low < high:  # a wide interval of few seeds may leave the frame, since it would flatten the curves
             panel.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-        panel.set_title(metric)
+        bottom, top = panel.get_ylim()
+        cut |= any(value < bottom for found in by_name.values() for value in found.low)
+        cut |= any(value > top for found in by_name.values() for value in found.high)
+        panel.set_title(", ".join([metric, *(unit for names, unit in UNITS if re.search(names, metric))]))
         panel.set_xlabel(args.x if place + across >= len(drawn) else "")
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=args.x != "epoch"))
         if args.x != "epoch":
@@ -293,7 +299,8 @@ def draw(drawn: dict[str, dict[str, Curve]], args: Args) -> None:
     keys = [plt.Line2D([], [], label=textwrap.fill(name + (f" ({count} seeds)" if count > 1 else ""), 90),
                        **styles[name]) for name, count in seeds.items()]
     counts = {found.seeds for by_name in drawn.values() for found in by_name.values()}
-    for wanted, text in ((max(counts) > 2, "95 % t-interval of the mean over seeds"),
+    more = ", cut at the frame" if cut else ""
+    for wanted, text in ((max(counts) > 2, "95 % t-interval of the mean over seeds" + more),
                          (2 in counts, "from the lower to the higher of two seeds")):
         keys += [plt.Rectangle((0, 0), 1, 1, color="#dddddd", label=text)] * wanted
     if len(keys) > 1:
