@@ -26,7 +26,7 @@ Differences from the papers, and from other code where it differs from them:
 One step is one optimizer step on `--batch-size` pairs, over all processes: the same flags give the same optimisation on
 any number of them.
 
-    python dpo.py                                                        random walks on a CPU, a minute or two
+    python dpo.py                                                        random walks on a CPU, one to two minutes
     python dpo.py --model gpt2 --dataset pairs.jsonl                     one GPU
     torchrun --nproc_per_node 8 dpo.py --model gpt2 --dataset pairs.jsonl  eight GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 dpo.py --model gpt2 \\
@@ -52,7 +52,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
+from common.cli import UserError, check_bounds, check_shared_flags, end_if_told, run
 from common.data import (
     chat_ends,
     check_data,
@@ -115,7 +115,7 @@ class Args:
     num_layers_unfrozen: int = -1
     """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them; 0: no adapters"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     precompute_reference: bool = False
@@ -277,8 +277,6 @@ def check(args: Args, pairs: list | None = None) -> None:
                       "label_smoothing", "simpo_gamma", "sft_coef"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
     check_shared_flags(args)
-    if args.max_length is not None and args.max_length < 2:
-        raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
     if args.label_smoothing >= 0.5:
         raise UserError(f"--label-smoothing {args.label_smoothing}: must be below 0.5, or the choices say nothing")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
@@ -829,14 +827,11 @@ def train(
     # the loop's state: with weights and optimizer, all that a checkpoint holds
     state = {"step": 0, "samples": 0, "best": math.inf, "date": date, "data": checksums}
     if checkpoint:
-        state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != checksums:
-            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
+        state |= load_checkpoint(checkpoint, model, optimizer, checksums)
 
     def save(name: str, batch: dict | None = None) -> str:
-        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
-                        args.keep_checkpoints, args.keep_going, batch)
-        return f"{folder}/{name}"
+        return save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                               args.keep_checkpoints, args.keep_going, batch)
 
     if args.replay:  # run a saved batch again, row by row, and end
         batch = [Pair(*pair) for pair in read_batch(args.replay)["pairs"]]
@@ -853,9 +848,7 @@ def train(
         if outputs:
             say(table("before training", evenly(outputs, 5)))
     for step in range(state["step"], steps):
-        if stop_asked():
-            save(f"checkpoints/step-{state['step']}")
-            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
+        end_if_told(state["step"], save)
         begun = time.time()
 
         # batch: the next rows, in an order that is shuffled anew each epoch

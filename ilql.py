@@ -25,7 +25,7 @@ Differences from the papers, and from trlX where it differs from them:
 One step is one optimizer step on `--batch-size` sequences, over all processes: the same flags give the same
 optimisation on any number of them.
 
-    python ilql.py                                                        random walks on a CPU, a minute or two
+    python ilql.py                                                        random walks on a CPU, one to two minutes
     python ilql.py --model gpt2 --dataset rewarded.jsonl                  one GPU
     torchrun --nproc_per_node 8 ilql.py --model gpt2 --dataset rewarded.jsonl  eight GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ilql.py --model gpt2 \\
@@ -54,7 +54,7 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
+from common.cli import UserError, check_bounds, check_shared_flags, end_if_told, run
 from common.data import (
     chat_ends,
     check_data,
@@ -114,7 +114,7 @@ class Args:
     num_layers_unfrozen: int = -1
     """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them; 0: no adapters"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -275,8 +275,6 @@ def check(args: Args, samples: list | None = None) -> None:
         raise UserError(f"--beta {' '.join(map(str, args.beta))}: needs values, each within a million of 0")
     if args.tau in (0, 1):
         raise UserError(f"--tau {args.tau}: must lie between 0 and 1, or V learns from one side only")
-    if args.max_length is not None and args.max_length < 2:
-        raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the first action")
     given = samples is not None or args.dataset not in (None, "randomwalks")
     if args.model and samples is None and args.dataset is None:
         raise UserError(f"--model {args.model} needs a --dataset: a file, a Hub data set, or randomwalks")
@@ -799,15 +797,11 @@ def train(
     state = {"step": 0, "samples": 0, "actions": 0, "syncs": 0, "best": -math.inf, "date": date,
              "data": check_data(data, "--format")}
     if checkpoint:
-        checksum = state["data"]
-        state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != checksum:
-            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
+        state |= load_checkpoint(checkpoint, model, optimizer, state["data"])
 
     def save(name: str, batch: dict | None = None) -> str:
-        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
-                        args.keep_checkpoints, args.keep_going, batch)
-        return f"{folder}/{name}"
+        return save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                               args.keep_checkpoints, args.keep_going, batch)
 
     if args.replay:  # run a saved batch again, row by row, and end
         saved = read_batch(args.replay)["trajectories"]
@@ -826,9 +820,7 @@ def train(
         if outputs:
             say(table("before training", evenly(outputs, 6)))
     for step in range(state["step"], steps):
-        if stop_asked():
-            save(f"checkpoints/step-{state['step']}")
-            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
+        end_if_told(state["step"], save)
         begun = time.time()
 
         # batch: the next rows, in an order that is shuffled anew each epoch

@@ -19,7 +19,7 @@ Differences from the papers, and from trlX where it differs from them:
 One step is one rollout of `--rollout-batch-size` episodes and its updates. Batch sizes are global: the same flags give
 the same optimisation, and sample the same tokens up to rounding, on any number of processes.
 
-    python ppo.py                                                         random walks on a CPU, a minute or two
+    python ppo.py                                                         random walks on a CPU, two to three minutes
     python ppo.py --model gpt2 --reward sentiment                         one GPU
     torchrun --nproc_per_node 8 ppo.py --model gpt2 --reward sentiment    eight GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo.py --model gpt2 \\
@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
+from common.cli import UserError, check_bounds, check_shared_flags, end_if_told, run
 from common.data import check_data, encode_prompts, evenly, load_prompts, pin_date, prompt_room, shuffled
 from common.distributed import adamw, broadcast, gather_rows, generator, init, meet, optimizer_step, rank_rows
 from common.functions import ask, load_function
@@ -87,7 +87,7 @@ class Args:
     num_value_layers: int = 0
     """give the value head a trainable copy of the top n blocks; 0: it reads the policy's last hidden state"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them; 0: no adapters"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -244,7 +244,7 @@ RESUMABLE = (  # settings that may differ between a run and its resumption
 
 
 def preset(args: Args) -> dict:
-    """The defaults of the task that the flags choose. Prompts of the user's own stay whole, and are evaluated on, too."""
+    """The defaults of the task that the flags choose. A user's own prompts stay whole, and are evaluated on too."""
     chosen = PRESETS.get(args.reward or ("randomwalks" if args.model is None else ""), {})
     own = ("eval_prompts", "prompt_words") if args.prompts else ()
     return {name: value for name, value in chosen.items() if name not in own}
@@ -311,18 +311,13 @@ def load_reward(args: Args, device: torch.device) -> Callable:
 def compute_scores(reward_fn: Callable, items: list[dict], rows: list[dict], tokenizer, args: Args) -> list:
     """Scores of all samples on all ranks: a number each, or a list of token rewards each. Every rank scores its share
     of the samples, or rank 0 scores all."""
-    if args.reward_on == "rank0":
-        mine, real = range(len(items)), [dist.get_rank() == 0] * len(items)
-    else:
-        mine, real = rank_rows(len(items))
-    chosen, scores = [row for row, is_real in zip(mine, real) if is_real], []
-    if chosen:
-        mine_items, mine_rows = ([part[row] for row in chosen] for part in (items, rows))
+    on_rank_0 = args.reward_on == "rank0"
+    start, every = (0, 1) if on_rank_0 else (dist.get_rank(), dist.get_world_size())
+    scores, mine_items, mine_rows = [], items[start::every], rows[start::every]
+    if mine_items and not (on_rank_0 and dist.get_rank()):
         scores = ask(reward_fn, "reward", mine_items, mine_rows, tokenizer, args.reward_timeout)
     meet()
-    if args.reward_on == "rank0":
-        return broadcast(scores)
-    return gather_rows(scores + [None] * (len(mine) - len(scores)), len(items))
+    return broadcast(scores) if on_rank_0 else gather_rows(scores, len(items))
 
 
 def shape_scores(raw: list, finished: list[bool], moments: tuple, args: Args) -> tuple[list, tuple]:
@@ -679,15 +674,11 @@ def train(
     state = {"step": 0, "episodes": 0, "tokens": 0, "updates": 0, "kl_coef": args.kl_coef, "moments": (0, 0.0, 0.0),
              "best": -math.inf, "date": date, "data": check_data([(array("i", row),) for row in ids + eval_ids], None)}
     if checkpoint:
-        checksum = state["data"]
-        state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != checksum:
-            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
+        state |= load_checkpoint(checkpoint, model, optimizer, state["data"])
 
     def save(name: str, batch: dict | None = None) -> str:
-        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
-                        args.keep_checkpoints, args.keep_going, batch)
-        return f"{folder}/{name}"
+        return save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                               args.keep_checkpoints, args.keep_going, batch)
 
     if args.replay:  # run a saved batch again, row by row, and end
         data = read_batch(args.replay)
@@ -718,9 +709,7 @@ def train(
         say(table("before training", samples[:: max(1, len(samples) // 5)][:5]))
     first_step = state["step"]
     for step in range(first_step, steps):
-        if stop_asked():
-            save(f"checkpoints/step-{state['step']}")
-            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
+        end_if_told(state["step"], save)
         begun = time.time()
 
         # rollout: sample outputs, score them, run policy, value and reference once over them
@@ -743,9 +732,7 @@ def train(
             path = save(f"checkpoints/step-{step}")
             raise UserError(f"step {step}: the KL to the reference is {mean_kl:.2f} nats an output, more than --max-kl "
                             f"{args.max_kl:g}; the policy is in {path}. Raise --kl-coef or lower --learning-rate")
-        if stop_asked():  # a rollout is easily made again
-            save(f"checkpoints/step-{step}")
-            raise Terminated(f"told to end at step {step}; --resume auto goes on from there")
+        end_if_told(step, save)  # a rollout is easily made again
 
         # advantages: every rank has the whole rollout and computes the same numbers
         finished = [item["finished"] for item in items]
@@ -762,8 +749,8 @@ def train(
         rounding = 1e-2 if dtype == torch.float32 else 0.5  # before the first step the ratio is 1 but for this
         if step == first_step and not metrics["policy/first_ratio_error"] < rounding:
             raise UserError(f"the first ratio is off by {metrics['policy/first_ratio_error']:.3f}: the update's "
-                            "forward disagrees with the rollout's. Either this architecture cannot be handled here, or a "
-                            "change of the code breaks it")
+                            "forward disagrees with the rollout's. Either this architecture cannot be handled here, "
+                            "or a change of the code breaks it")
         state["step"], state["episodes"] = step + 1, state["episodes"] + len(items)
         state["tokens"] += int(mask.sum())
 

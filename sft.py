@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import load_checkpoint, put_in_place, read_batch, read_state, save_checkpoint
-from common.cli import Terminated, UserError, check_bounds, check_shared_flags, run, stop_asked
+from common.cli import UserError, check_bounds, check_shared_flags, end_if_told, run
 from common.data import (
     chat_ends,
     check_data,
@@ -102,7 +102,7 @@ class Args:
     num_layers_unfrozen: int = -1
     """train the top n blocks only; a reference, if there is one, shares the frozen rest. -1: all"""
     lora_rank: int = 0
-    """train LoRA adapters of this rank; a reference, if there is one, is the model without them. 0: train the weights"""
+    """train LoRA adapters of this rank; a reference, if there is one, is the model without them; 0: no adapters"""
     lora_alpha: float = 32.0
     """scale of the LoRA adapters: their output is multiplied by alpha / rank"""
     gradient_checkpointing: bool = False
@@ -242,8 +242,6 @@ def check(args: Args, samples: list | None = None) -> None:
         not_negative=("seed", "warmup_steps", "save_every", "weight_decay", "lora_rank", "num_eval_prompts"),
         unit=("adam_beta1", "adam_beta2", "held_out"))
     check_shared_flags(args)
-    if args.max_length is not None and args.max_length < 2:
-        raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
     given = samples is not None or args.dataset not in (None, "randomwalks")
     if args.model and args.from_config:
         raise UserError(f"--from-config {args.from_config}: leave it out, or --model {args.model}")
@@ -516,15 +514,11 @@ def train(
     state = {"step": 0, "samples": 0, "tokens": 0, "best": math.inf, "date": date,
              "data": check_data(examples + evals, "--format")}
     if checkpoint:
-        checksum = state["data"]
-        state |= load_checkpoint(checkpoint, model, optimizer)
-        if state["data"] != checksum:
-            raise UserError(f"--resume {checkpoint}: the data has changed since; start again in another --output-dir")
+        state |= load_checkpoint(checkpoint, model, optimizer, state["data"])
 
     def save(name: str, batch: dict | None = None) -> str:
-        save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
-                        args.keep_checkpoints, args.keep_going, batch)
-        return f"{folder}/{name}"
+        return save_checkpoint(f"{folder}/{name}", model, optimizer, {**state, "args": dataclasses.asdict(args)},
+                               args.keep_checkpoints, args.keep_going, batch)
 
     if args.replay:  # run a saved batch again, row by row, and end
         batch = [Example(*example) for example in read_batch(args.replay)["examples"]]
@@ -541,9 +535,7 @@ def train(
         if outputs:
             say(table("before training", evenly(outputs, 5)))
     for step in range(state["step"], steps):
-        if stop_asked():
-            save(f"checkpoints/step-{state['step']}")
-            raise Terminated(f"told to end at step {state['step']}; --resume auto goes on from there")
+        end_if_told(state["step"], save)
         begun = time.time()
 
         # batch: the next rows, in an order that is shuffled anew each epoch

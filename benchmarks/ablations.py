@@ -2,8 +2,8 @@
 a script (or a flag), and their effect on random walks against the script as it is, over the same seeds and graphs.
 
     OMP_NUM_THREADS=1 python benchmarks/ablations.py --script ppo.py [--faults NAME ...] [--seeds 1 2 3 4 5] [--jobs 2]
-    python benchmarks/ablations.py --diff NAME       # the change, to make it yourself
-    python benchmarks/ablations.py --write           # the tables of docs/, from benchmarks/results/ablations.json
+    python benchmarks/ablations.py --script ppo.py --diff NAME    # the change, to make it yourself
+    python benchmarks/ablations.py --write    # the tables of docs/, from benchmarks/results/ablations.json
 
 Runs go on where they were interrupted: what stands in the results is not run again, unless --keep wants its log; take
 rows out of the file to measure them anew. Each runs in a copy of the scripts and common/, so that the checkout stays as
@@ -29,6 +29,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from plot import interval  # noqa: E402
+from versus import processor  # noqa: E402
 
 import common.checkpoint  # noqa: E402, F401  with common.models: what all runs import, once
 import common.models  # noqa: E402, F401
@@ -108,6 +109,18 @@ FAULTS = {
               "--micro-batch-size 8"),
         Fault("not-clipped", "`policy_loss`", "no clipping of the ratio", flags="--clip-range 1e9"),
         Fault("no-kl", "`token_rewards`", "no KL penalty, trlX's own setting for this task", flags="--kl-coef 0"),
+        Fault("adam-epsilon", "`train`", "Adam's epsilon of 1e-8, torch's default and trlX's",
+              flags="--adam-epsilon 1e-8"),
+        Fault("top-k-rollouts", "`train`", "rollouts from the 5 likeliest tokens, trained as if from all", [
+            ("ppo.py", "items = sample_texts(model, tokenizer, batch_prompts, uniforms, rules,",
+             "items = sample_texts(model, tokenizer, batch_prompts, uniforms, rules, top_k=5,")]),
+        Fault("rough-softmax", "`LogitRules`", "log-softmax in bfloat16, in rollouts and updates", [
+            ("common/models.py", "logits = logits.float()\n        if self.temperature not in",
+             "logits = logits.bfloat16()\n        if self.temperature not in")]),
+        Fault("positions-forgotten", "`positions`", "left-padded rows whose positions count the pads, as in every code "
+              "base that forgot position ids; here rows that join a batch are padded so", [
+                  ("common/models.py", "return (mask.long().cumsum(1) - 1).clamp(min=0)",
+                   "return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)")]),
         Fault("dropout", "`load_lm`", "dropout left on, as model classes come", [LOAD]),
         Fault("temperature-forgotten", "`LanguageModel._score`", "outputs sampled at temperature 0.7 and scored at 1", [
             ("common/models.py", "logprobs = rules(self.logits(states), previous, index).log_softmax(-1)",
@@ -266,14 +279,14 @@ def run_all(args: Args) -> None:
     if not wanted:
         print(f"nothing to run: {RESULTS} has all; take rows out to measure them anew")
     commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
-    lock = threading.Lock()
+    machine, lock = processor(), threading.Lock()
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for seed in {seed for _, seed in wanted} if args.script in ("ppo.py", "dpo.py") else ():
             cloned_walker(random_walks(seed), seed).save_pretrained(f"{work}/start-{seed}")
             tokenizer().save_pretrained(f"{work}/start-{seed}")
 
         def one(fault: Fault, seed: int) -> None:
-            row = run(args.script, fault, seed, Path(work), args.keep) | {"commit": commit}
+            row = run(args.script, fault, seed, Path(work), args.keep) | {"commit": commit, "machine": machine}
             with lock:
                 rows[args.script, fault.name, seed] = row
                 RESULTS.write_text("[\n" + ",\n".join(json.dumps(rows[key]) for key in sorted(rows)) + "\n]\n")
@@ -314,8 +327,14 @@ def page(script: str, rows: list[dict]) -> str:
             gaps = [row["eval/optimality"] - base[seed]["eval/optimality"] for seed, row in found.items()]
             gap, spread = interval(gaps)
             gap = "" if name == "as it is" else f"{gap:+.3f} ({gap - spread:+.3f} to {gap + spread:+.3f})"
-            cells = [f"{mean(numbers['eval/optimality']):.3f}", gap, *(f"{mean(numbers[key]):.3g}" for key in watched)]
+            cells = [f"{mean(numbers['eval/optimality']):.3f}", gap]
+            for key in watched:
+                change, spread = interval([row[key] - base[seed][key] for seed, row in found.items()])
+                cells.append(f"**{mean(numbers[key]):.3g}**" if abs(change) > spread else f"{mean(numbers[key]):.3g}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    made = {f"{row['commit']} ({row.get('machine', 'AMD EPYC')})" for found in runs.values() for row in found.values()}
+    lines += ["", "Bold: the 95 % interval of the difference to the script as it is, paired by seed, leaves 0 out. One "
+              f"core for each run; commits: {', '.join(sorted(made))}."]
     return "\n".join(lines)
 
 
@@ -330,11 +349,12 @@ def write_pages() -> None:
                         f"<!-- end -->{tail}")
 
 
-def show(name: str) -> None:
-    """Print what a fault changes, as a diff and flags."""
-    found = [(script, fault) for script, faults in FAULTS.items() for fault in faults if fault.name == name]
+def show(name: str, scripts: list[str]) -> None:
+    """Print what a fault changes, as a diff and flags, of these scripts."""
+    found = [(script, fault) for script in scripts for fault in FAULTS[script] if fault.name == name]
     if not found:
-        raise UserError(f"--diff {name}: no fault is called so")
+        names = ", ".join(fault.name for script in scripts for fault in FAULTS[script])
+        raise UserError(f"--diff {name}: no fault is called so, only {names}")
     for script, fault in found:
         print(f"{script} {fault.flags}".strip())
         for file, (before, after) in changed(fault).items():
@@ -348,7 +368,7 @@ def main() -> None:
         if args.jobs < 1 or min(args.seeds, default=0) < 0:
             raise UserError("--jobs must be 1 or more, and --seeds 0 or more")
         if args.diff:
-            show(args.diff)
+            show(args.diff, [args.script] if args.script in FAULTS else list(FAULTS))
         elif args.write:
             write_pages()
         else:

@@ -257,14 +257,20 @@ def print_table(lines: list[list[str]]) -> None:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor()
+
+
 def write(name: str, results, path: str | None) -> None:
     """Write results as JSON, with the machine, the versions and the commit that they are of."""
     import torch
     import transformers
 
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu or platform.processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     path = Path(path or ROOT / "benchmarks" / "results" / f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.distributed import broadcast, gather_rows, sharded_parameters
 
 
@@ -34,7 +34,7 @@ def attempt(work: Callable[[], None], what: str, keep_going: bool = False) -> bo
     except dcp.api.CheckpointException as error:  # which has what went wrong on each rank
         problem = next(iter(error.failures.values()))[0]
     if problem:
-        problem = getattr(problem, "strerror", None) or str(problem).strip().splitlines()[-1]
+        problem = getattr(problem, "strerror", None) or reason(problem, -1)
     problem = next(filter(None, gather_rows([problem], dist.get_world_size())), None)
     message = f"{what} could not be written: {problem}"
     if problem and not keep_going:
@@ -68,7 +68,7 @@ def save_checkpoint(
     keep: int,
     keep_going: bool = False,
     batch: dict | None = None,
-) -> None:
+) -> str:
     """Write trained weights, optimizer, random states and the loop's `state` (JSON values) to the folder `path`.
 
     Frozen weights, but for those of heads, are not written: they are those of the model that the run starts from. All
@@ -78,18 +78,10 @@ def save_checkpoint(
     """
     main, rank = dist.get_rank() == 0, dist.get_rank()
     if broadcast(os.path.exists(path)):
-        return
-
-    def begin():
-        if main:
-            shutil.rmtree(path + ".tmp", ignore_errors=True)
-            os.makedirs(path + ".tmp")
-
-    def write():
-        dcp.save(_tensors(model, optimizer),
-                 storage_writer=dcp.HuggingFaceStorageWriter(path + ".tmp", save_distributed=True))
+        return path
 
     def note():
+        os.makedirs(path + ".tmp", exist_ok=True)
         version, words, *numbers = np.random.get_state()
         rng = {"torch": torch.get_rng_state().tolist(), "python": random.getstate()}
         rng["numpy"] = [version, words.tolist(), *numbers]
@@ -100,6 +92,10 @@ def save_checkpoint(
             _write_json(f"{path}.tmp/state.json", state)
         if main and batch:
             torch.save(batch, f"{path}.tmp/batch.pt")
+
+    def write():
+        dcp.save(_tensors(model, optimizer),
+                 storage_writer=dcp.HuggingFaceStorageWriter(path + ".tmp", save_distributed=True))
 
     def seal():
         names = sorted(os.listdir(path + ".tmp"))[rank :: dist.get_world_size()]
@@ -114,13 +110,14 @@ def save_checkpoint(
 
     what, parts, manifest = f"the checkpoint {path}", [], {}
     try:
-        if all(attempt(work, what, keep_going) for work in (begin, write, note, seal)):
+        if all(attempt(work, what, keep_going) for work in (note, write, seal)):
             for shares in gather_rows([parts], dist.get_world_size()):
                 manifest.update(shares)
             attempt(finish, what, keep_going)
     finally:
         if main:  # where something went wrong; else it is gone
             shutil.rmtree(path + ".tmp", ignore_errors=True)
+    return path
 
 
 def _write_json(path: str, value) -> None:
@@ -182,18 +179,20 @@ def tidy(folder: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, data=None) -> dict:
     """Read a checkpoint back into the model, the optimizer and the random generators, and return the loop's state.
 
     Any number of ranks can read what any number of ranks wrote. Raises UserError when it is not a whole checkpoint of
-    this model.
+    this model, or of a run whose data had another checksum than `data`.
     """
+    state = read_state(path)
+    if state.get("data") != data:
+        raise UserError(f"--resume {path}: the data has changed since; start again in another --output-dir")
     try:
-        state = read_state(path)
         dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path))
     except (OSError, ValueError, RuntimeError, KeyError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--resume {path}: not a whole checkpoint of this model ({reason}); choose another") from None
+        raise UserError(f"--resume {path}: not a whole checkpoint of this model ({reason(error, -1)}); choose "
+                        "another") from None
     random_file = f"{path}/random-{dist.get_rank()}.json"
     if os.path.exists(random_file):  # absent for ranks that the saving run did not have
         with open(random_file) as file:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,11 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # it may quote a name or another error, of several lines
+
+
+def reason(error: BaseException, line: int = 0) -> str:
+    """One line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[line][:160]
 
 
 class Terminated(BaseException):
@@ -97,13 +103,10 @@ def parse(args_class, preset=None, words: list[str] | None = None):
     Raises `UserError` for an unknown flag, a value of the wrong type, or a setting that does not exist.
     """
     words = list(sys.argv[1:] if words is None else words)
-    files = [b if a == "--config" else a.split("=", 1)[1] for a, b in zip(words, words[1:] + [""])
-             if a == "--config" or a.startswith("--config=")]
-    for path in files[-1:]:
-        if not path or path.startswith("--"):
-            raise UserError("--config: its value is missing; give the path of a YAML file")
-        words = _flags_of(path, args_class()) + words
     args = _cli(args_class(), words)
+    if hasattr(args, "config") and args.config is not None:  # the flags of some benchmarks have none
+        words = _flags_of(args.config, args_class()) + words
+        args = _cli(args_class(), words)
     return _cli(args_class(**preset(args)), words) if preset else args
 
 
@@ -127,6 +130,8 @@ def check_shared_flags(args) -> None:
         if not all(map(allow, values)) or (not values and name != "stop"):
             given = " ".join(map(repr, values))
             raise UserError(f"--{name.replace('_', '-')} {given}: has a value that means nothing")
+    if args.max_length is not None and args.max_length < 2:
+        raise UserError(f"--max-length {args.max_length}: must be at least 2, one token before the one to be learned")
     if args.num_layers_unfrozen == 0 or args.num_layers_unfrozen < -1:
         raise UserError(f"--num-layers-unfrozen {args.num_layers_unfrozen}: must be -1 for all, or at least 1")
     if args.lora_rank and args.num_layers_unfrozen != -1:
@@ -184,13 +189,15 @@ def _watch() -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def stop_asked() -> bool:
-    """Whether any process has been told to end, SIGTERM, since the first call. All must call, where a checkpoint can be
-    written: until the first call, SIGTERM ends a process at once."""
+def end_if_told(step: int, save: Callable[[str], str]) -> None:
+    """Save, and raise Terminated, if any process has been told to end, SIGTERM, since the first call. All must call,
+    where a checkpoint can be written: until the first call, SIGTERM ends a process at once."""
     _Told.loop = True
     told = torch.tensor(int(_Told.signal))
     dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+    if told:
+        save(f"checkpoints/step-{step}")
+        raise Terminated(f"told to end at step {step}; --resume auto goes on from there")
 
 
 def run(train, args_class, preset=None) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from transformers.utils import chat_template_utils
 
 from common.checkpoint import read_state
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.distributed import broadcast, gather_rows, generator
 
 
@@ -35,27 +36,16 @@ def read_rows(path: str, flag: str) -> list[dict]:
     if is_file and not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file")
     try:
-        if lower.endswith(".jsonl"):
-            rows = []
-            with _open(path) as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        if line.strip():
-                            rows.append(json.loads(line))
-                    except ValueError as error:
-                        where = f"{flag} {path}, line {number}"
-                        raise UserError(f"{where}: not valid JSON ({error}); write one object a line") from None
-        elif lower.endswith(".json"):
-            with _open(path) as file:
-                rows = json.load(file)
-        elif lower.endswith(".csv"):
-            csv.field_size_limit(2**30)
-            with _open(path) as file:
-                rows = list(csv.DictReader(file))
-        elif lower.endswith(".parquet"):
+        if lower.endswith(".parquet"):
             from datasets import Dataset
 
             rows = Dataset.from_parquet(path).to_list()
+        elif is_file:
+            csv.field_size_limit(2**30)
+            opener = gzip.open if path.lower().endswith(".gz") else open
+            with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+                rows = (json.load(file) if lower.endswith(".json") else
+                        list(csv.DictReader(file) if lower.endswith(".csv") else _json_lines(file, f"{flag} {path}")))
         else:
             from datasets import load_dataset
 
@@ -69,8 +59,7 @@ def read_rows(path: str, flag: str) -> list[dict]:
     except Exception as error:  # each reader has its own set
         hint = "" if is_file else ("; a file ends in .jsonl, .json, .csv or .parquet, a Hub data set is name:split or "
                                    "name:configuration:split")
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason[:200]}){hint}") from None
+        raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {reason(error)}){hint}") from None
     if not isinstance(rows, list) or not rows:
         what = "holds no rows" if isinstance(rows, list) else "must be a list of objects"
         raise UserError(f"{flag} {path}: {what}")
@@ -91,9 +80,13 @@ def write_rows(path: str, rows: list[dict], flag: str) -> None:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
 
 
-def _open(path: str):
-    opener = gzip.open if path.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
+def _json_lines(file, where: str) -> Iterator:
+    for number, line in enumerate(file, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}, line {number}: not valid JSON ({error}); write one object a line") from None
 
 
 def is_chat(prompt) -> bool:

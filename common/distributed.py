@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import itertools
 import math
 import os
 import random
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -79,7 +81,7 @@ def gather_rows(rows: list, count: int) -> list:
     """All `count` rows, in order, on every rank, from the share of each rank (see `rank_rows`)."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
-    return [row for group in zip(*parts) for row in group][:count]
+    return [row for group in itertools.zip_longest(*parts) for row in group][:count]
 
 
 def meet() -> None:
@@ -259,9 +261,4 @@ def optimizer_step(
 
 def full_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state dict on rank 0's CPU, gathered one tensor at a time; an empty dict on the other ranks."""
-    whole = {}
-    for name, tensor in module.state_dict().items():
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if dist.get_rank() == 0:
-            whole[name] = tensor.detach().cpu()
-    return whole
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -278,16 +278,17 @@ def check_metrics(metrics, count: int) -> dict[str, float | list[float]]:
     checked = {}
     for name, value in metrics.items():
         value = plain(value)
+        many = isinstance(value, list)
+        values = _each(value, count) if many else [value]
         if not isinstance(name, str):
             raise UserError(f"the metric function returned a metric called {short(name)}: a name is a text")
-        if isinstance(value, list) and len(value := _each(value, count)) != count:
-            raise UserError(f"the metric function returned {short(value)} as '{name}' of {count} samples, a list of "
-                            f"{len(value)}: return a number, or a list with a number for each sample")
-        for number, each in enumerate(value if isinstance(value, list) else [value]):
+        if many and len(values) != count:
+            raise UserError(f"the metric function returned {short(values)} as '{name}' of {count} samples, a list of "
+                            f"{len(values)}: return a number, or a list with a number for each sample")
+        for number, each in enumerate(values):
             if as_number(each) is None:
-                what = f"{short(each)} as '{name}'" + (f" of sample {number}" if isinstance(value, list) else "")
+                what = f"{short(each)} as '{name}'" + (f" of sample {number}" if many else "")
                 raise UserError(f"the metric function returned {what}: it must be a number")
-        numbers = [each if isinstance(each, (int, float)) else float(each)
-                   for each in (value if isinstance(value, list) else [value])]
-        checked[name] = numbers if isinstance(value, list) else numbers[0]
+        numbers = [each if isinstance(each, (int, float)) else float(each) for each in values]
+        checked[name] = numbers if many else numbers[0]
     return checked

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.data import short, whole_text
 from common.distributed import broadcast, gather_rows, generator, meet, rank_rows, unsharded
 from common.functions import ask, load_function
@@ -297,8 +297,8 @@ def try_out(model: LanguageModel) -> None:
         with torch.no_grad():
             model(**collate(prompts, responses, model.start_id, model.device))
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        name, reason = type(model.lm).__name__, str(error).strip().splitlines()[0][:160]
-        raise UserError(f"--model: a {name} cannot be sampled from and scored here ({reason})") from error
+        name = type(model.lm).__name__
+        raise UserError(f"--model: a {name} cannot be sampled from and scored here ({reason(error)})") from error
 
 
 def sample_texts(
@@ -338,7 +338,7 @@ def sample_texts(
             output = output[:end]
         item.update(prompt_ids=prompts[row], prompt=prompt, output=output,
                     sample=prompt + (" " if model.seq2seq else "") + output)
-    return gather_rows(items + [None] * (len(rows) - len(items)), len(prompts))
+    return gather_rows(items, len(prompts))
 
 
 def load_metric(spec: str | None, device: torch.device) -> Callable | None:

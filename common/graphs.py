@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from common.cli import reason
 from common.models import LanguageModel, trunk_of
 
 NARROWEST = 128  # columns that the smallest graph reads; each of the others reads twice as many as the one before
@@ -119,7 +120,6 @@ class FixedBatch:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 advance()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:160]
-            warnings.warn(f"rollouts run without CUDA graphs, a few times slower ({reason})", stacklevel=2)
+            warnings.warn(f"rollouts run without CUDA graphs, a few times slower ({reason(error)})", stacklevel=2)
             return advance
         return graph.replay

@@ -17,7 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from common.checkpoint import checkpoints, damage, drop, lock, read_state, tidy, unlock
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.distributed import broadcast, clip_gradient, gather_rows
 
 
@@ -146,8 +146,7 @@ class _Wandb:
                 send(wandb, run)
             run.finish()
         except Exception as error:  # whatever it is, the run goes on
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            tqdm.write(f"wandb: {reason[:200]}; the run goes on without it", file=sys.stderr)
+            tqdm.write(f"wandb: {reason(error)}; the run goes on without it", file=sys.stderr)
 
     def close(self) -> None:
         """Send what is left, but not for longer than PATIENCE."""

@@ -17,7 +17,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -36,16 +35,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Tokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.pytorch_utils import Conv1D
 
 from common.checkpoint import attempt, put_in_place
-from common.cli import UserError
+from common.cli import UserError, reason
 from common.distributed import block_lists, full_state_dict, shard
 
 transformers.logging.disable_progress_bar()  # the run has its own
@@ -112,19 +110,12 @@ def new_lm(path: str, tokenizer, seed: int) -> PreTrainedModel:
         return auto.from_config(config, dtype=torch.float32, **NO_CODE).eval()
 
 
-def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], size: int) -> GPT2Tokenizer:
     """A byte-level BPE tokenizer, as GPT-2's, of at most `size` tokens, trained on `texts`; <|endoftext|> is BOS and
     EOS, <|pad|> the pad token. Raises UserError for a size below the 256 bytes and these two."""
     if size < 258:
         raise UserError(f"--train-tokenizer {size}: must be at least 258, the 256 bytes and two special tokens")
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
-                                   pad_token="<|pad|>", clean_up_tokenization_spaces=False)
+    return GPT2Tokenizer(pad_token="<|pad|>").train_new_from_iterator(texts, size, show_progress=False)
 
 
 @contextlib.contextmanager
@@ -143,7 +134,7 @@ def _readable(flag: str, path: str):
             what = "the file holds nothing that transformers can use"
         elif os.path.isdir(path):
             what = "the folder holds nothing that transformers can load"
-        raise UserError(f"{flag} {path}: {what} ({str(error).strip().splitlines()[0][:160]})") from None
+        raise UserError(f"{flag} {path}: {what} ({reason(error)})") from None
 
 
 def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
@@ -204,11 +195,9 @@ def add_lora(lm: PreTrainedModel, rank: int, alpha: float):
     from peft import LoraConfig, get_peft_model
 
     task = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
-    transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's linear layers
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task,
-                        fan_in_fan_out=transposed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+        warnings.simplefilter("ignore")  # of peft's use of transformers, and that GPT-2's layers are transposed
         return get_peft_model(lm, config).eval()
 
 
@@ -693,19 +682,6 @@ class _Recorded(nn.Module):
         return self.value
 
 
-class _NoEmbedding(nn.Module):
-    """Stands in for an embedding whose output nobody reads."""
-
-    def __init__(self, embedding: nn.Module):
-        super().__init__()
-        self.width = embedding.weight.shape[1]
-        # a parameter, which FSDP gathers in the dtype that the blocks compute in
-        self.like = nn.Parameter(torch.zeros(1), requires_grad=False)
-
-    def forward(self, ids, *_, **__):
-        return self.like.new_zeros(*ids.shape, self.width)
-
-
 def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.Module:
     """A copy of the top `layers` blocks of `lm` and of all above them, fed by the forward of `lm` itself.
 
@@ -719,23 +695,19 @@ def top_copy(lm: PreTrainedModel, layers: int, whole: bool, detach: bool) -> nn.
     if not 0 < cut < len(blocks):
         raise UserError(f"--num-layers-unfrozen or --num-value-layers {layers}: the model has {len(blocks)} layers, "
                         f"so choose 1 to {len(blocks) - 1}")
-    memo, stand_ins = {}, [_Recorded(detach)]
     sources = [blocks[cut - 1]]
-    memo.update({id(block): stand_ins[0] for block in blocks[:cut]})  # deepcopy finds these already "copied"
     if whole and lm.config.is_encoder_decoder:
         sources.append(lm.get_encoder())
-        stand_ins.append(_Recorded(detach))
-        memo[id(sources[1])] = stand_ins[1]
     embedded = lm.get_input_embeddings().weight
-    if not (whole and lm.get_output_embeddings().weight is embedded):
-        for module in trunk.modules():
-            if isinstance(module, nn.Embedding) and module.weight is embedded:
-                memo[id(module)] = _NoEmbedding(module)
-    twin = copy.deepcopy(lm if whole else trunk, memo)
+    if not (whole and lm.get_output_embeddings().weight is embedded):  # nobody reads what it gives: no copy of it
+        sources += [part for part in trunk.modules() if isinstance(part, nn.Embedding) and part.weight is embedded]
+    memo = {id(source): _Recorded(detach) for source in sources}  # deepcopy finds these already "copied"
+    memo |= dict.fromkeys(map(id, blocks[:cut]), memo[id(sources[0])])
+    twin = copy.deepcopy(lm if whole else trunk, dict(memo))
     for module in twin.modules():
         module._forward_hooks.clear()
-    for source, stand_in in zip(sources, stand_ins):
-        source.register_forward_hook(stand_in.record)
+    for source in sources:
+        source.register_forward_hook(memo[id(source)].record)
     return twin
 
 

@@ -81,7 +81,7 @@ def main(args: Args) -> None:
     except KeyError as error:
         raise UserError(f"{args.dataset}: has no column {error}, only {listed(rows[0])}") from None
     if not made:
-        raise UserError(f"{args.dataset}: {args.function} makes no row of its {len(rows)}; look at their columns and types")
+        raise UserError(f"{args.dataset}: {args.function} makes no row of its {len(rows)}; look at their columns")
     write_rows(args.output, made, "--output")
     print(f"{len(made)} rows in {args.output}")
 

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, processors
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dpo  # noqa: E402
-from common.cli import UserError, check_bounds, run  # noqa: E402
+from common.cli import UserError, check_bounds, reason, run  # noqa: E402
 from common.data import shuffled, special_tokens, window  # noqa: E402
 from common.distributed import block_lists  # noqa: E402
 from common.functions import load_function  # noqa: E402
@@ -103,8 +103,7 @@ def load_model(args: Args):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             args.model, config=config, dtype=torch.float32, **NO_CODE).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"--model {args.model}: has no form with a head for scores ({reason[:160]})") from None
+        raise UserError(f"--model {args.model}: has no form with a head for scores ({reason(error)})") from None
     if config.is_encoder_decoder or not tokenizer.is_fast:
         raise UserError(f"--model {args.model}: must be a decoder or an encoder, with a fast tokenizer")
     head = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.out_features == 1][-1]

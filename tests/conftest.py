@@ -115,10 +115,10 @@ def model_path(tmp_path_factory):
 
 
 def environment_of(given: dict[str, str]) -> dict[str, str]:
-    """One thread, offline, a terminal of 100 columns, and what is given."""
-    found = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **given}
-    found.pop("PYTHONPATH", None)
-    return found
+    """One thread, offline, a terminal of 100 columns, and what is given; nothing that wandb has left in this process's
+    own environment, such as the address of a service that is no more."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("WANDB_")}
+    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **given}
 
 
 def run_script(*words: str, processes: int = 0, cwd=ROOT, timeout: int = 300, **environment):

@@ -692,8 +692,9 @@ def test_rows_that_have_ended_stay_inside_the_models_positions(architecture, mon
 _LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
                layer_types=["linear_attention", "full_attention", "full_attention"], num_key_value_heads=2, head_dim=8)
 UNUSUAL = {  # windows counted in columns, biases by distance, and caches that are no keys and values
-    "gpt_neo": transformers.GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, window_size=8, intermediate_size=64,
-                                         attention_types=[[["global", "local"], 1]], max_position_embeddings=64, **_IDS),
+    "gpt_neo": transformers.GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, window_size=8, intermediate_size=64, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], **_IDS),
     "falcon": transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, **_IDS),
     "lfm2": transformers.Lfm2Config(num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], **_LLAMA),
     "qwen3_5": transformers.Qwen3_5TextConfig(**_LINEAR, **_LLAMA),
@@ -720,7 +721,7 @@ def test_rows_of_unusual_attention_are_those_of_the_forward(name, fixed):
 
 
 def test_embeddings_in_float32_do_not_stop_a_bfloat16_rollout():
-    """XGLM adds positions that are no parameters, and so float32; FSDP's hooks, which a rollout takes off, cast that."""
+    """XGLM adds positions that are no parameters, so in float32; FSDP's hooks, which a rollout takes off, cast that."""
     torch.manual_seed(0)
     lm = transformers.AutoModelForCausalLM.from_config(transformers.XGLMConfig(
         d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64, **_IDS)).eval()

@@ -370,7 +370,7 @@ def test_copies_do_not_record():
     """A second, deeper copy takes over a block on which the first one listens; it must not keep activations alive."""
     lm = tiny("t5")
     first, second = top_copy(lm, 1, whole=False, detach=False), top_copy(lm, 2, whole=True, detach=True)
-    assert sum(len(module._forward_hooks) for module in lm.modules()) == 3  # two cuts, and the encoder
+    assert sum(len(module._forward_hooks) for module in lm.modules()) == 4  # two cuts, and the encoder
     assert not any(module._forward_hooks for twin in (first, second) for module in twin.modules())
 
 
