@@ -333,9 +333,10 @@ def normalized(reward, mean: float, std: float):
 def place_rewards(examples: list[Example], reward, outputs: int, skipped: int, where: str) -> list[list[float]]:
     """Rewards for each token of each example of a row, before anything is cut; a reward for the whole row is not here.
 
-    The reward of an output sits on its last token (that of an empty output on the token before). A list of token
-    rewards begins with an output's first token; the first `skipped` tokens of the row's first output are no actions.
-    Raises UserError where the numbers do not fit.
+    The reward of an output sits on its last token, that of an empty output on the token before; where there is none, as
+    before an empty first output, nothing was done, and it is left out. A list of token rewards begins with an output's
+    first token; the first `skipped` tokens of the row's first output are no actions. Raises UserError where the numbers
+    do not fit.
     """
     placed = [[0.0] * len(example.output) for example in examples]
     if not isinstance(reward, list):

@@ -261,4 +261,7 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:  # a file that is not there, words that are none, a model that cannot be read
+        sys.exit(f"{Path(__file__).name}: error: {error}")
