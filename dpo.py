@@ -432,7 +432,7 @@ def make_pairs(
         for (row, _), chosen, rejected in zip(some, encoded[::2], encoded[1::2]):
             if len(chosen) != 1 or len(rejected) != 1 or list(chosen[0].prompt) != list(rejected[0].prompt):
                 if not row.messages:
-                    raise UserError(f"{row.where}: the prompt is empty, and the tokenizer has no BOS or EOS in its place")
+                    raise UserError(f"{row.where}: the prompt is empty, and the tokenizer has no BOS or EOS for it")
                 raise UserError(f"{row.where}: the chat template does not write chosen and rejected as one answer each "
                                 "to the same prompt; give pairs that differ in the last answer alone")
             whole = [chosen[0], rejected[0]]
