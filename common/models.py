@@ -40,7 +40,9 @@ from transformers import (
     pipeline,
 )
 from transformers.activations import FastGELUActivation, NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import AttentionInterface
 
 from common.checkpoint import attempt, put_in_place
 from common.cli import UserError, reason
@@ -53,6 +55,22 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 CHUNK = 2**24  # most fp32 logits alive at once: 64 MiB
 # What comes with a model is data: of code in its folder transformers would ask on the terminal whether to run it
 NO_CODE = dict(trust_remote_code=False)
+
+
+def _attention(module: nn.Module, query, key, value, attention_mask, **options):
+    """transformers' sdpa, but with float32 for rows of tokens in bfloat16 on a CPU: torch's backward takes up to twelve
+    times as long there in bfloat16. In forwards without gradient too, so that all log-probs are rounded alike; a
+    sampler's single tokens stay as they are."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query, key, value, attention_mask, options = tree_map_only(
+        torch.Tensor, lambda part: part.float() if part.is_floating_point() else part,
+        (query, key, value, attention_mask, options))
+    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return output.bfloat16(), weights
+
+
+AttentionInterface.register("sdpa", _attention)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -657,6 +657,26 @@ def test_bfloat16_computes_the_softmax_and_the_heads_in_float32(architecture):
     assert {gradient.dtype for gradient in grads.values()} == {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bart", "t5"])
+def test_rows_in_bfloat16_have_their_attention_in_float32_on_a_cpu(architecture, monkeypatch):
+    """And single tokens, of which a sampler reads one at a time, theirs in bfloat16."""
+    plain, seen = nn.functional.scaled_dot_product_attention, set()
+
+    def watch(query, *rest, **options):
+        seen.add((query.dtype, query.shape[2] > 1, torch.is_grad_enabled()))
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watch)
+    model = prepare(LanguageModel(tiny(architecture)), torch.bfloat16, CPU)
+    model(**batch_of(model))["logprobs"].sum().backward()
+    assert seen == {(torch.float32, True, True)}
+    with torch.no_grad():
+        model(**batch_of(model))
+        assert seen == {(torch.float32, True, True), (torch.float32, True, False)}
+        generate(model, PROMPTS, torch.full((len(PROMPTS), 3), 0.5), synced=True)
+    assert (torch.bfloat16, False, False) in seen and (torch.bfloat16, True, False) not in seen
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
