@@ -260,8 +260,8 @@ def print_table(lines: list[list[str]]) -> None:
 def processor() -> str:
     """The name of this machine's processor."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    return platform.processor()
+        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    return platform.machine()
 
 
 def write(name: str, results, path: str | None) -> None:

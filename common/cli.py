@@ -204,7 +204,7 @@ def run(train, args_class, preset=None) -> None:
     """Run a script: parse the flags, train, and turn a `UserError` into one line on stderr and exit code 2.
 
     A rank that fails leaves at once, without waiting in a collective; torchrun then stops the others. SIGTERM ends with
-    143, see `stop_asked`.
+    143, see `end_if_told`.
     """
     _watch()
     sys.stdout.reconfigure(errors="backslashreplace")  # samples hold letters that a terminal may not have

@@ -162,7 +162,7 @@ class _Batch:
             width = max(part.shape[1] for part in masks)
             mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in masks])
         else:
-            self.cache.reorder_cache(at)  # of these two methods the one that every kind of layer has
+            self.cache.reorder_cache(at)  # which nearly every kind of cache has, and of layer
         rows, each = [self.rows[place] for place in places], [self.previous[at], self.index[at], self.numbers[at]]
         if fresh:
             rows += fresh.rows

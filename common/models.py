@@ -163,7 +163,10 @@ def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
         try:
             extra = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # it has none
-            extra = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config().eos_token_id
+            config = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
+            extra = getattr(config, "eos_token_id", None)
+            if not isinstance(extra, list):  # a default of the architecture may lie outside of the vocabulary
+                extra = [extra] if (extra or 0) < config.vocab_size else []
     extra = extra if isinstance(extra, list) else [extra]
     return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
 
@@ -187,8 +190,8 @@ def load_classifier(path: str, flag: str, device, batch_size: int) -> Callable[[
                             batch_size=batch_size, **NO_CODE)
     if classify.tokenizer.pad_token is None:
         classify.tokenizer.pad_token = classify.tokenizer.eos_token
-    # GPT-2-like reward models read the last token that is not a pad
-    classify.model.config.pad_token_id = classify.tokenizer.pad_token_id
+    config = classify.model.config  # GPT-2-like reward models read the last token that is not a pad
+    config.get_text_config().pad_token_id = config.pad_token_id = classify.tokenizer.pad_token_id
     classify.tokenizer.truncation_side = "left"  # what is to be judged, the output, stands at the end
     longest = positions_of(classify.model)
     if longest and classify.tokenizer.model_max_length > longest:
@@ -295,8 +298,11 @@ def check_logit_mask(mask, device: torch.device, not_yet: tuple[int, ...] = ()) 
     if mask is None:
         return None
     fits = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 2
-    others = [token for token in range(len(mask) if fits else 0) if token not in not_yet]
-    if not fits or mask.shape[0] != mask.shape[1] or not len(mask) or mask[:, others].all(1).any():
+    closed = mask
+    if fits and not_yet:
+        closed = mask.clone()
+        closed[:, [token for token in not_yet if token < mask.shape[1]]] = True
+    if not fits or mask.shape[0] != mask.shape[1] or not len(mask) or closed.all(1).any():
         raise UserError("logit_mask must be (V, V) bool, and must forbid no token every successor"
                         + (", the end tokens left out, which --min-new-tokens forbids" if not_yet else ""))
     return mask.to(device)

@@ -251,6 +251,25 @@ def test_a_reward_model_scores_a_text_as_if_alone_whatever_pad_its_config_has(pa
     assert score([long + " this is good"]) != pytest.approx(score([long + " awful bad bad"]), abs=1e-4)
 
 
+def test_a_reward_model_of_a_config_within_a_config_scores_a_text_as_if_alone(tmp_path):
+    """As Gemma 3's, whose text part has a pad token of its own."""
+    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                intermediate_size=64, max_position_embeddings=64, vocab_size=VOCABULARY, pad_token_id=2)
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=28,
+                  patch_size=14)
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, num_labels=1, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.15)
+    model.save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    score = load_classifier(str(tmp_path), "--reward", "cpu", 4)
+    texts = ["hello", "a b", "hello world again"]
+    assert score(texts) == pytest.approx([score([text])[0] for text in texts], abs=1e-5)
+
+
 def test_a_roberta_reads_as_many_tokens_as_it_has_positions_behind_its_pad(tmp_path):
     config = transformers.RobertaConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=34,

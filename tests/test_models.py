@@ -22,8 +22,10 @@ from common.models import (
     LanguageModel,
     LogitRules,
     add_lora,
+    check_logit_mask,
     checkpoint_blocks,
     collate,
+    end_tokens,
     export,
     freeze_below,
     frozen,
@@ -370,7 +372,7 @@ def test_copies_do_not_record():
     """A second, deeper copy takes over a block on which the first one listens; it must not keep activations alive."""
     lm = tiny("t5")
     first, second = top_copy(lm, 1, whole=False, detach=False), top_copy(lm, 2, whole=True, detach=True)
-    assert sum(len(module._forward_hooks) for module in lm.modules()) == 4  # two cuts, and the encoder
+    assert sum(len(module._forward_hooks) for module in lm.modules()) == 4  # two cuts, the encoder, and an embedding
     assert not any(module._forward_hooks for twin in (first, second) for module in twin.modules())
 
 
@@ -655,6 +657,25 @@ def test_bfloat16_computes_the_softmax_and_the_heads_in_float32(architecture):
         assert close(out[name], expected[name], 0.05) and not torch.equal(out[name], expected[name])
     grads = gradients(model, out["logprobs"].sum() + out["value"].sum())
     assert {gradient.dtype for gradient in grads.values()} == {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_mask_that_leaves_only_the_end_is_refused_where_outputs_must_not_be_short():
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    mask[3] = torch.tensor([True, True, False, True, True])  # after 3 only 2, the end
+    assert torch.equal(check_logit_mask(mask, CPU), mask) and torch.equal(check_logit_mask(mask, CPU, (4, 70)), mask)
+    with pytest.raises(UserError, match="must forbid no token every successor, the end tokens left out, which --min-"):
+        check_logit_mask(mask, CPU, (2,))
+    assert mask.sum() == 4, "what is given stays as it is"
+
+
+def test_ends_are_those_of_the_config_where_there_is_no_generation_config(tmp_path):
+    """As for transformers' generate, but for an architecture's default that lies outside of the vocabulary."""
+    tokenizer = char_tokenizer()
+    for number, (eos, expected) in enumerate((([2, 7], (2, 7)), (50256, (2,)), (None, (2,)), (9, (2, 9)))):
+        config = copy.deepcopy(CONFIGS["gpt2"])
+        config.eos_token_id = eos
+        config.save_pretrained(tmp_path / str(number))
+        assert end_tokens(tokenizer, str(tmp_path / str(number))) == expected
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "bart", "t5"])
