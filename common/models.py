@@ -70,9 +70,6 @@ def _attention(module: nn.Module, query, key, value, attention_mask, **options):
     return output.bfloat16(), weights
 
 
-AttentionInterface.register("sdpa", _attention)
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -620,6 +617,8 @@ class LanguageModel(nn.Module):
 
 def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **options) -> LanguageModel:
     """Shard a model for training or as a reference (see `distributed.shard`); its heads compute in float32."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        AttentionInterface.register("sdpa", _attention)
     shard(model, dtype, device, fp32=list(model.heads.values()),
           methods=("encode", "decode", "read"), **options)
     model.device, model.dtype = device, dtype  # not those of its parameters, which may be offloaded
