@@ -271,15 +271,17 @@ def run_all(args: Args) -> None:
     for name in args.faults:
         if name not in faults:
             raise UserError(f"--faults {name}: {args.script} has {', '.join(faults)}")
-    rows = {(row["script"], row["fault"], row["seed"]): row for row in read_results()}
-    known = {key for key, row in rows.items()
-             if not args.keep or "refused" in row or kept_log(args.keep, *key).exists()}
+    machine, lock = processor(), threading.Lock()
+    rows = {(row["script"], row["fault"], row["seed"], row["machine"]): row for row in read_results()}
+    # the script as it is runs on each machine, since rounding differs between them: see `page`
+    known = {key[:3] for key, row in rows.items() if (key[1] != "as it is" or key[3] == machine)
+             and (not args.keep or "refused" in row or kept_log(args.keep, *key[:3]).exists())}
     wanted = [(fault, seed) for seed in args.seeds for name, fault in faults.items()
-              if name in (args.faults or faults) and (args.script, name, seed) not in known]
+              if (name in (args.faults or faults) or name == "as it is" and not args.keep)
+              and (args.script, name, seed) not in known]
     if not wanted:
         print(f"nothing to run: {RESULTS} has all; take rows out to measure them anew")
     commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
-    machine, lock = processor(), threading.Lock()
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         for seed in {seed for _, seed in wanted} if args.script in ("ppo.py", "dpo.py") else ():
             cloned_walker(random_walks(seed), seed).save_pretrained(f"{work}/start-{seed}")
@@ -288,7 +290,7 @@ def run_all(args: Args) -> None:
         def one(fault: Fault, seed: int) -> None:
             row = run(args.script, fault, seed, Path(work), args.keep) | {"commit": commit, "machine": machine}
             with lock:
-                rows[args.script, fault.name, seed] = row
+                rows[args.script, fault.name, seed, machine] = row
                 RESULTS.write_text("[\n" + ",\n".join(json.dumps(rows[key]) for key in sorted(rows)) + "\n]\n")
                 print(row, flush=True)
 
@@ -310,9 +312,9 @@ def page(script: str, rows: list[dict]) -> str:
     for fault in FAULTS[script]:
         flags = f" `{fault.flags}`" if fault.flags else ""
         lines.append(f"- **{fault.name}** ({fault.where}){flags}: {fault.what}.")
-    runs = {name: {row["seed"]: row for row in rows if (row["script"], row["fault"]) == (script, name)}
+    runs = {name: {(row["seed"], row["machine"]): row for row in rows if (row["script"], row["fault"]) == (script, name)}
             for name in ["as it is", *(fault.name for fault in FAULTS[script])]}
-    base = runs["as it is"]
+    base = runs["as it is"]  # which a fault is compared with by seed and machine
     lines += ["", f"| change | optimality | difference (95 % interval) | {' | '.join(watched)} |",
               "|---|---|---|" + "---|" * len(watched)]
     for name, found in runs.items():
@@ -324,15 +326,15 @@ def page(script: str, rows: list[dict]) -> str:
             cells = [f"refused at the start: \"{message}\"", *[""] * (len(watched) + 1)]
         else:
             numbers = {key: [row[key] for row in found.values()] for key in ["eval/optimality", *watched]}
-            gaps = [row["eval/optimality"] - base[seed]["eval/optimality"] for seed, row in found.items()]
+            gaps = [row["eval/optimality"] - base[key]["eval/optimality"] for key, row in found.items()]
             gap, spread = interval(gaps)
             gap = "" if name == "as it is" else f"{gap:+.3f} ({gap - spread:+.3f} to {gap + spread:+.3f})"
             cells = [f"{mean(numbers['eval/optimality']):.3f}", gap]
             for key in watched:
-                change, spread = interval([row[key] - base[seed][key] for seed, row in found.items()])
+                change, spread = interval([row[key] - base[each][key] for each, row in found.items()])
                 cells.append(f"**{mean(numbers[key]):.3g}**" if abs(change) > spread else f"{mean(numbers[key]):.3g}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    made = {f"{row['commit']} ({row.get('machine', 'AMD EPYC')})" for found in runs.values() for row in found.values()}
+    made = {f"{row['commit']} ({row['machine']})" for found in runs.values() for row in found.values()}
     lines += ["", "Bold: the 95 % interval of the difference to the script as it is, paired by seed, leaves 0 out. One "
               f"core for each run; commits: {', '.join(sorted(made))}."]
     return "\n".join(lines)
