@@ -312,8 +312,9 @@ def page(script: str, rows: list[dict]) -> str:
     for fault in FAULTS[script]:
         flags = f" `{fault.flags}`" if fault.flags else ""
         lines.append(f"- **{fault.name}** ({fault.where}){flags}: {fault.what}.")
-    runs = {name: {(row["seed"], row["machine"]): row for row in rows if (row["script"], row["fault"]) == (script, name)}
-            for name in ["as it is", *(fault.name for fault in FAULTS[script])]}
+    runs = {name: {} for name in ["as it is", *(fault.name for fault in FAULTS[script])]}
+    for row in (row for row in rows if row["script"] == script and row["fault"] in runs):
+        runs[row["fault"]][row["seed"], row["machine"]] = row
     base = runs["as it is"]  # which a fault is compared with by seed and machine
     lines += ["", f"| change | optimality | difference (95 % interval) | {' | '.join(watched)} |",
               "|---|---|---|" + "---|" * len(watched)]
