@@ -109,8 +109,6 @@ FAULTS = {
               "--micro-batch-size 8"),
         Fault("not-clipped", "`policy_loss`", "no clipping of the ratio", flags="--clip-range 1e9"),
         Fault("no-kl", "`token_rewards`", "no KL penalty, trlX's own setting for this task", flags="--kl-coef 0"),
-        Fault("adam-epsilon", "`train`", "Adam's epsilon of 1e-8, torch's default and trlX's",
-              flags="--adam-epsilon 1e-8"),
         Fault("top-k-rollouts", "`train`", "rollouts from the 5 likeliest tokens, trained as if from all", [
             ("ppo.py", "items = sample_texts(model, tokenizer, batch_prompts, uniforms, rules,",
              "items = sample_texts(model, tokenizer, batch_prompts, uniforms, rules, top_k=5,")]),
@@ -322,19 +320,22 @@ def page(script: str, rows: list[dict]) -> str:
         refused = sorted({row["refused"] for row in found.values() if "refused" in row})
         if len(found) < 5 and not refused:  # too few seeds for a figure
             continue
-        if refused:
+        trained = {key: row for key, row in found.items() if "refused" not in row}
+        if not trained:
             message = refused[0].removeprefix(f"{script}: error: ")
             cells = [f"refused at the start: \"{message}\"", *[""] * (len(watched) + 1)]
         else:
-            numbers = {key: [row[key] for row in found.values()] for key in ["eval/optimality", *watched]}
-            gaps = [row["eval/optimality"] - base[key]["eval/optimality"] for key, row in found.items()]
+            numbers = {key: [row[key] for row in trained.values()] for key in ["eval/optimality", *watched]}
+            gaps = [row["eval/optimality"] - base[key]["eval/optimality"] for key, row in trained.items()]
             gap, spread = interval(gaps)
             gap = "" if name == "as it is" else f"{gap:+.3f} ({gap - spread:+.3f} to {gap + spread:+.3f})"
             cells = [f"{mean(numbers['eval/optimality']):.3f}", gap]
             for key in watched:
-                change, spread = interval([row[key] - base[each][key] for each, row in found.items()])
+                change, spread = interval([row[key] - base[each][key] for each, row in trained.items()])
                 cells.append(f"**{mean(numbers[key]):.3g}**" if abs(change) > spread else f"{mean(numbers[key]):.3g}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        stopped = f", {len(found) - len(trained)} of {len(found)} seeds refused at the start"
+        stopped = stopped if trained and refused else ""
+        lines.append(f"| {name}{stopped} | {' | '.join(cells)} |")
     made = {f"{row['commit']} ({row['machine']})" for found in runs.values() for row in found.values()}
     lines += ["", "Bold: the 95 % interval of the difference to the script as it is, paired by seed, leaves 0 out. One "
               f"core for each run; commits: {', '.join(sorted(made))}."]
