@@ -388,7 +388,7 @@ def test_measures_are_those_of_single_rows(trained):
     right, *others = [each.tolist() for each in expected.values()]
     assert right not in others and all(0 < sum(each) < 24 for each in (right, *others))
     mean = measures(
-        paths[1], paths[0], dpo.load_pairs(rows, None, "--pairs", None), dpo.Args(max_length=300, loss="ipo")
+        paths[1], paths[0], dpo.load_pairs(rows, None, "--pairs", None), dpo.Args(max_length=300, loss="ipo", beta=0.1)
     )[0]
     gain = gain / (lengths + 1)
     np.testing.assert_allclose(mean["margin"], 0.1 * (gain[:, 0] - gain[:, 1]), atol=1e-4)
