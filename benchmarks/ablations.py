@@ -115,8 +115,8 @@ FAULTS = {
         Fault("rough-softmax", "`LogitRules`", "log-softmax in bfloat16, in rollouts and updates", [
             ("common/models.py", "logits = logits.float()\n        if self.temperature not in",
              "logits = logits.bfloat16()\n        if self.temperature not in")]),
-        Fault("positions-forgotten", "`positions`", "left-padded rows whose positions count the pads, as in every code "
-              "base that forgot position ids; here rows that join a batch are padded so", [
+        Fault("positions-forgotten", "`positions`", "left-padded rows whose positions count the pads, as they do where "
+              "position ids are left out; here rows that join a batch are padded so", [
                   ("common/models.py", "return (mask.long().cumsum(1) - 1).clamp(min=0)",
                    "return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)")]),
         Fault("dropout", "`load_lm`", "dropout left on, as model classes come", [LOAD]),
@@ -333,9 +333,9 @@ def page(script: str, rows: list[dict]) -> str:
             for key in watched:
                 change, spread = interval([row[key] - base[each][key] for each, row in trained.items()])
                 cells.append(f"**{mean(numbers[key]):.3g}**" if abs(change) > spread else f"{mean(numbers[key]):.3g}")
-        stopped = f", {len(found) - len(trained)} of {len(found)} seeds refused at the start"
-        stopped = stopped if trained and refused else ""
-        lines.append(f"| {name}{stopped} | {' | '.join(cells)} |")
+        stopped = len(found) - len(trained)
+        name += f", {stopped} of {len(found)} seeds refused at the start" if trained and stopped else ""
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     made = {f"{row['commit']} ({row['machine']})" for found in runs.values() for row in found.values()}
     lines += ["", "Bold: the 95 % interval of the difference to the script as it is, paired by seed, leaves 0 out. One "
               f"core for each run; commits: {', '.join(sorted(made))}."]

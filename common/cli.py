@@ -104,7 +104,7 @@ def parse(args_class, preset=None, words: list[str] | None = None):
     """
     words = list(sys.argv[1:] if words is None else words)
     args = _cli(args_class(), words)
-    if hasattr(args, "config") and args.config is not None:  # the flags of some benchmarks have none
+    if getattr(args, "config", None) is not None:  # the flags of some benchmarks have none
         words = _flags_of(args.config, args_class()) + words
         args = _cli(args_class(), words)
     return _cli(args_class(**preset(args)), words) if preset else args

@@ -86,8 +86,11 @@ def _find(args, name) -> tuple[str, list[str]]:
     found = []
     if args.resume not in (None, "auto"):
         found = [args.resume.rstrip("/")]
-        beside = os.path.dirname(os.path.abspath(found[0]))  # checkpoints/, or the run's folder itself
-        folder = args.output_dir or beside.removesuffix("/checkpoints")
+        home = os.path.dirname(os.path.abspath(found[0])).removesuffix("/checkpoints")  # of the run that wrote it
+        folder = args.output_dir or home
+        if args.output_dir and taken and os.path.abspath(folder) != home:
+            raise UserError(f"--output-dir {base}: holds another run than --resume {found[0]}; choose another folder, "
+                            "or --resume auto to go on with that one")
     elif args.resume:
         folder = next((folder for folder in reversed(taken) if checkpoints(f"{folder}/checkpoints")), base)
     elif args.output_dir and taken:

@@ -155,17 +155,15 @@ def _readable(flag: str, path: str):
 def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
     """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models'), or
     without one its config. path: the model's, None for one from scratch."""
-    extra = None
+    extra, words = None, math.inf
     if path:
-        try:
+        config = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
+        extra, words = getattr(config, "eos_token_id", None), config.vocab_size
+        with contextlib.suppress(OSError):  # it has none
             extra = GenerationConfig.from_pretrained(path).eos_token_id
-        except OSError:  # it has none
-            config = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
-            extra = getattr(config, "eos_token_id", None)
-            if not isinstance(extra, list):  # a default of the architecture may lie outside of the vocabulary
-                extra = [extra] if (extra or 0) < config.vocab_size else []
     extra = extra if isinstance(extra, list) else [extra]
-    return tuple(sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None}))
+    ends = {token for token in (tokenizer.eos_token_id, *extra) if token is not None}
+    return tuple(sorted(token for token in ends if token < words))  # an architecture's default may lie outside
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -215,7 +213,8 @@ def add_lora(lm: PreTrainedModel, rank: int, alpha: float):
     task = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of peft's use of transformers, and that GPT-2's layers are transposed
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # it sees that GPT-2's layers are transposed
         return get_peft_model(lm, config).eval()
 
 
@@ -618,7 +617,7 @@ class LanguageModel(nn.Module):
 def prepare(model: LanguageModel, dtype: torch.dtype, device: torch.device, **options) -> LanguageModel:
     """Shard a model for training or as a reference (see `distributed.shard`); its heads compute in float32."""
     if dtype == torch.bfloat16 and device.type == "cpu":
-        AttentionInterface.register("sdpa", _attention)
+        AttentionInterface.register("sdpa", _attention)  # for all models of this process
     shard(model, dtype, device, fp32=list(model.heads.values()),
           methods=("encode", "decode", "read"), **options)
     model.device, model.dtype = device, dtype  # not those of its parameters, which may be offloaded

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.cli import UserError, leave  # noqa: E402
+
 LAYOUT = """
 #############
 #.....#.....#
@@ -197,7 +200,6 @@ def accuracy(prompts: list[str], outputs: list[str], **_) -> dict[str, list[floa
 
 def play_model(folder: str, betas: list[float], rollouts: int, temperature: float, seed: int) -> list[dict]:
     """Play with a model folder of ilql.py, or with beta 0 of sft.py, once for each beta; print a line for each."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     import ilql
 
     model, tokenizer = ilql.load(folder)
@@ -263,5 +265,5 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # a file that is not there, words that are none, a model that cannot be read
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    except (OSError, UserError) as error:
+        leave(2, f"error: {error}")

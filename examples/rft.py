@@ -189,7 +189,8 @@ def main(args: Args):
                     steps += 1
         known = sum(len(archive.outputs) for archive in archives)
         say(f"round {number + 1}: score {means[-1]:.3f}; trained on {', '.join(map(str, kept))} of {known} outputs; "
-            f"{len(losses)} steps, loss {np.mean(losses or [0.0]):.3f}; {time.time() - begun:.0f} s")
+            f"{len(losses)} steps" + (f", loss {np.mean(losses):.3f}" if losses else "")
+            + f"; {time.time() - begun:.0f} s")
     _, scores = draw(args.rounds)
     means.append(sum(scores) / len(scores))
     export(model, tokenizer, f"{args.output_dir}/model")

@@ -25,17 +25,20 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.cli import UserError, leave  # noqa: E402
+
 HEADER = "Wordle:\n"
 TRIES, LETTERS = 6, 5
 WON = 3**LETTERS - 1  # the pattern ggggg, see `patterns`
 
 
 def load_words(path: str) -> list[str]:
-    """The words of a file, one a line. Raises ValueError for one that is not five small letters, or stands twice."""
+    """The words of a file, one a line. Raises UserError for one that is not five small letters, or stands twice."""
     words = Path(path).read_text().split()
     wrong = [word for at, word in enumerate(words) if not well_formed(word) or word in words[:at]]
     if wrong or not words:
-        raise ValueError(f"{path}: not distinct words of {LETTERS} small letters: {wrong[:1] or 'empty'}")
+        raise UserError(f"{path}: not distinct words of {LETTERS} small letters: {wrong[:1] or 'empty'}")
     return words
 
 
@@ -154,7 +157,6 @@ def consistent(prompts: list[str], outputs: list[str], **_) -> dict[str, list[fl
 def play_model(folder: str, words: list[str], betas: list[float], games: int, temperature: float,
                seed: int) -> list[dict]:
     """Play with a model folder of ilql.py, or with beta 0 of sft.py, once for each beta; print a line for each."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     import ilql
 
     model, tokenizer = ilql.load(folder)
@@ -215,5 +217,5 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # a file that is not there, words that are none, a model that cannot be read
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    except (OSError, UserError) as error:
+        leave(2, f"error: {error}")

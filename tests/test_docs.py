@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import io
+import platform
 import re
 import runpy
 import sys
@@ -18,6 +20,7 @@ from common.cli import parse
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations  # noqa: E402
 import sweep  # noqa: E402
+import versus  # noqa: E402
 
 SCRIPTS = ["ppo.py", "sft.py", "ilql.py", "dpo.py"]
 HEADINGS = ["Use", "The code in order", "What it logs", "What breaks when it is wrong", "Results",
@@ -175,6 +178,30 @@ def test_runs_that_stand_in_the_results_are_not_run_again_but_for_their_logs(tmp
     rows = ablations.read_results()
     assert [(row["fault"], row["seed"], row["eval/optimality"]) for row in rows] == [
         ("as it is", 1, 1.0), ("as it is", 2, 3.0), ("shifted", 1, 5.0), ("shifted", 2, 6.0)]
+
+
+def test_a_fault_is_compared_with_the_script_as_it_is_on_the_same_machine():
+    """By seed, bold where chance does not explain it, also where the start has refused some of its seeds."""
+    def rows(fault, machine, optimality, loss, seeds=(1, 2, 3, 4, 5)):
+        return [{"script": "sft.py", "fault": fault, "seed": seed, "machine": machine, "commit": f"c-{machine}",
+                 "eval/optimality": optimality + 0.1 * seed, "eval/invalid": 0.5 + 0.01 * (seed * seed % 3 - 1) * (
+                     fault != "as it is"), "eval/length": 7.0, "eval/loss": loss} for seed in seeds]
+
+    found = rows("as it is", "one", 0.0, 1.0) + rows("as it is", "other", 0.2, 2.0)
+    found += rows("shifted", "other", 0.15, 2.5) + rows("dropout", "one", -0.1, 1.0, seeds=(2, 4, 5))
+    found += [{**row, "refused": "sft.py: error: no"} for row in rows("dropout", "one", 0, 0, seeds=(1, 3))]
+    table = ablations.page("sft.py", found).splitlines()
+    assert "| as it is | 0.400 |  | 0.5 | 7 | 1.5 |" in table
+    assert "| shifted | 0.450 | -0.050 (-0.050 to -0.050) | 0.498 | 7 | **2.5** |" in table
+    (dropout,) = [line for line in table if line.startswith("| dropout")]
+    assert dropout.startswith("| dropout, 2 of 5 seeds refused at the start | 0.267 | -0.100 (-0.100 to -0.100) |")
+    assert table[-1].endswith("commits: c-one (one), c-other (other).")
+    assert not any(line.startswith("| mean-of-means") for line in table), "too few seeds"
+
+
+def test_a_processor_without_a_name_is_told_by_its_kind(monkeypatch):
+    monkeypatch.setattr(versus, "open", lambda _: io.StringIO("processor: 0\nBogoMIPS: 50\n"), raising=False)
+    assert versus.processor() == platform.machine()
 
 
 def yaml_block(name: str) -> str:

@@ -1611,9 +1611,18 @@ def test_the_command_alone(walked):
     assert not all(torch.equal(a, b) for a, b in zip(lm.parameters(), plain(folder / "start").parameters()))
 
 
+def test_an_empty_prompt_without_a_token_for_it_is_no_fault_of_a_chat_template():
+    tokenizer = char_tokenizer(bos=False)
+    tokenizer.eos_token = None
+    rows = dpo.load_pairs([{"prompt": "", "chosen": "ab", "rejected": "cd"}], None, "--dataset", None)
+    with pytest.raises(UserError, match="row 1: the prompt is empty, and the tokenizer has no BOS or EOS for it$"):
+        dpo.make_pairs(rows, tokenizer, (), False, 20, dpo.Args())
+
+
 def test_defaults_depend_on_the_loss_and_the_task():
     """Flags win; a model with data of its own has nothing of random walks."""
     for loss, walks, own in (("sigmoid", 1.0, 0.1), ("hinge", 1.0, 0.1), ("ipo", 1.0, 1.0), ("simpo", 2.0, 2.0)):
+        assert dpo.Args(loss=loss).beta == own and dpo.Args(loss=loss, beta=0.3).beta == 0.3
         assert dpo.arguments(loss=loss).beta == walks and dpo.arguments(loss=loss, beta=0.3).beta == 0.3
         args = dpo.arguments(loss=loss, model="m", dataset="rows.jsonl")
         assert args.beta == own and args.sft_coef == 0.0 and args.epochs == 1

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import sqlite3
 import sys
 
@@ -203,6 +204,20 @@ def test_mistakes_of_the_reward_model_are_one_line(model_path, tmp_path, monkeyp
     refused(["--output-dir", "already"], reward_model.main, reward_model.Args(**good))
 
 
+def test_a_roberta_reads_what_its_positions_behind_its_pad_hold(tmp_path):
+    config = transformers.RobertaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=34,
+        vocab_size=61, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer = char_tokenizer()
+    tokenizer.pad_token = "<bos>"
+    tokenizer.save_pretrained(tmp_path)
+    model, _, own = reward_model.load_model(reward_model.Args(model=str(tmp_path)))
+    pairs = [(own("good " * 20, truncation=True)["input_ids"], own("bad " * 20, truncation=True)["input_ids"])]
+    assert [len(side) for side in pairs[0]] == [32, 32]
+    reward_model.run_batch(model, pairs, 1, torch.float32)
+
+
 # --- rejection sampling -----------------------------------------------------------------------------------------------
 
 
@@ -291,6 +306,30 @@ def test_rejection_sampling_of_a_model(model_path, tmp_path, capsys, monkeypatch
                   dict(reward=args.reward)):
         short = rft.Args(**flags, rounds=1, generations=2, output_dir=f"{tmp_path}/other")
         refused(["--reward", "none of them"], rft.main, short)
+
+
+def test_where_nothing_is_selected_nothing_is_trained(model_path, tmp_path, capsys, monkeypatch):
+    """As a reward that is partly chance may have it."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    monkeypatch.setattr(rft, "select", lambda archives, _: [[] for _ in archives])
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "b"}])
+    rft.main(rft.Args(model=model_path("gpt2"), prompts=prompts, reward=f"{tmp_path}/mine.py:reward", rounds=1,
+                      generations=2, improve_steps=1, max_new_tokens=2, output_dir=f"{tmp_path}/run"))
+    assert re.search(r"trained on 0 of \d outputs; 0 steps; \d+ s\n", capsys.readouterr().out)
+
+
+def test_the_start_of_another_seed_is_not_taken(tmp_path, monkeypatch):
+    """Each seed has a graph of its own, and a run that was broken off leaves its start behind."""
+    seen = []
+
+    def stop(path, *_):
+        seen.append(path)
+        raise UserError("enough")
+
+    monkeypatch.setattr(rft, "write_cloned_walker", stop)
+    for seed in (1, 2):
+        refused(["enough"], rft.main, rft.Args(**{**rft.preset(rft.Args()), "seed": seed, "output_dir": str(tmp_path)}))
+    assert len(set(seen)) == 2
 
 
 def test_rejection_sampling_of_random_walks(tmp_path, capsys, monkeypatch):

@@ -111,6 +111,15 @@ def test_a_data_set_may_have_a_configuration(dataset, asked, tmp_path, monkeypat
     assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"prompt": "a ü c d"}
 
 
+def test_rows_of_which_none_is_left_are_no_success(tmp_path):
+    """Labels as CSV files have them: texts, none of which is 0."""
+    (tmp_path / "rows.csv").write_text("text,label\nbad,0\ndull,0\n")
+    module = prepare()
+    with pytest.raises(UserError, match="rows.csv: rewrite_bad_reviews makes no row of its 2; look at their columns$"):
+        module.main(module.Args("rewrite_bad_reviews", f"{tmp_path}/rows.csv", f"{tmp_path}/out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize("function,dataset,output,message", [
     ("nothing", "a/b:train", "x", "'nothing': no such function of rows; choose from cnn_dailymail, "),
     ("openings", "", "x", "give a function of rows and a data set; see --help"),
@@ -233,20 +242,26 @@ def save_classifier(folder, labels):
 TEXTS = ["good", "a very bad film", "", "x", "so long that it is cut off at the end of what the model takes"]
 
 
+def scores_alone_and_together(model, folder) -> tuple:
+    """What a reward model says of texts of unlike lengths, one by one and in one batch; and its function."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    char_tokenizer().save_pretrained(folder)
+    score = load_classifier(str(folder), "--reward", "cpu", 4)
+    texts = ["hello", "a b", "hello world again"]
+    return [score([text])[0] for text in texts], score(texts), score
+
+
 @pytest.mark.parametrize("pad", [None, 0, 2])
 def test_a_reward_model_scores_a_text_as_if_alone_whatever_pad_its_config_has(pad, tmp_path):
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS["llama"])
     config.pad_token_id, config.num_labels = pad, 1
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(0, 0.15)
-    model.save_pretrained(tmp_path)
-    char_tokenizer().save_pretrained(tmp_path)
-    score = load_classifier(str(tmp_path), "--reward", "cpu", 4)
-    texts = ["hello", "a b", "hello world again"]
-    assert score(texts) == pytest.approx([score([text])[0] for text in texts], abs=1e-5)
+    alone, together, score = scores_alone_and_together(model, tmp_path)
+    assert together == pytest.approx(alone, abs=1e-5)
     long = "hello" * 13  # more than the 64 positions
     assert score([long + " this is good"]) != pytest.approx(score([long + " awful bad bad"]), abs=1e-4)
 
@@ -260,14 +275,8 @@ def test_a_reward_model_of_a_config_within_a_config_scores_a_text_as_if_alone(tm
     torch.manual_seed(0)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, num_labels=1, mm_tokens_per_image=4)
     model = transformers.Gemma3ForSequenceClassification(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(0, 0.15)
-    model.save_pretrained(tmp_path)
-    char_tokenizer().save_pretrained(tmp_path)
-    score = load_classifier(str(tmp_path), "--reward", "cpu", 4)
-    texts = ["hello", "a b", "hello world again"]
-    assert score(texts) == pytest.approx([score([text])[0] for text in texts], abs=1e-5)
+    alone, together, _ = scores_alone_and_together(model, tmp_path)
+    assert together == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_roberta_reads_as_many_tokens_as_it_has_positions_behind_its_pad(tmp_path):

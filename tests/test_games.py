@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_forked
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -495,6 +496,17 @@ def test_data_and_prompts_commands(tmp_path, capsys):
     assert rows_of(out) == [{"prompt": "Wordle:\n"}]
     with pytest.raises(SystemExit):
         wordle.main(["data", str(out)])
+
+
+@pytest.mark.parametrize("words, line", [
+    (["wordle.py", "data", "out", "--words", "none.txt"], "wordle.py: error: .*none.txt"),
+    (["wordle.py", "data", "out", "--words", "wrong.txt"], "wordle.py: error: wrong.txt: not distinct words of 5 "),
+    (["maze.py", "prompts", "no/where"], "maze.py: error: .*no/where"),
+    (["maze.py", "play", "none"], "maze.py: error: --model .*none")])
+def test_mistakes_on_the_command_line_are_one_line(words, line, tmp_path):
+    (tmp_path / "wrong.txt").write_text("slates\n")
+    done = run_forked(f"{ROOT}/examples/{words[0]}", *words[1:], cwd=tmp_path)
+    assert done.returncode == 2 and re.fullmatch(f"{line}.*\n", done.stderr), done.stderr
 
 
 def fake_ilql(monkeypatch, answer):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from common import graphs
+from common.cli import UserError
 from common.distributed import generator, unsharded
 from common.generation import find_stop, generate, noise, pick, sample_texts, stop_checker, try_out
 from common.models import LanguageModel, LogitRules, collate, make_head, prepare
@@ -720,18 +721,28 @@ def test_rows_of_unusual_attention_are_those_of_the_forward(name, fixed):
     assert sum(out.logprobs, []) == pytest.approx(logprobs.tolist(), abs=1e-4)
 
 
-def test_embeddings_in_float32_do_not_stop_a_bfloat16_rollout():
-    """XGLM adds positions that are no parameters, so in float32; FSDP's hooks, which a rollout takes off, cast that."""
+@pytest.mark.parametrize("lm_class, config", [
+    (transformers.XGLMForCausalLM, transformers.XGLMConfig(
+        d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64, **_IDS)),
+    (transformers.M2M100ForConditionalGeneration, transformers.M2M100Config(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, decoder_start_token_id=2, **_IDS))])
+def test_embeddings_in_float32_do_not_stop_a_bfloat16_rollout(lm_class, config):
+    """They add positions that are no parameters, so in float32; FSDP's hooks, which a rollout takes off, cast that."""
     torch.manual_seed(0)
-    lm = transformers.AutoModelForCausalLM.from_config(transformers.XGLMConfig(
-        d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64, **_IDS)).eval()
-    model = prepare(LanguageModel(lm), torch.bfloat16, CPU)
+    model = prepare(LanguageModel(lm_class(config).eval()), torch.bfloat16, CPU)
     for _ in range(2):
         with unsharded(model):
             out = generate(model, MANY, uniforms(12, 8))
         with torch.no_grad():
-            logprobs = model(**collate(MANY, out.tokens, None, CPU))["logprobs"]
+            logprobs = model(**collate(MANY, out.tokens, model.start_id, CPU))["logprobs"]
         assert (torch.tensor(sum(out.logprobs, [])) - logprobs).abs().mean() < 0.1
+
+
+def test_an_error_without_a_message_is_told_by_its_type(monkeypatch):
+    monkeypatch.setattr(LanguageModel, "decode", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError()))
+    with pytest.raises(UserError, match=r"a GPT2LMHeadModel cannot be .* here \(NotImplementedError\)$"):
+        try_out(LanguageModel(tiny("gpt2")))
 
 
 # --- sharded models ---------------------------------------------------------------------------------------------------

@@ -185,6 +185,9 @@ def test_picture(make, tmp_path, monkeypatch, capsys):
         refused(["pip install -r benchmarks/requirements.txt"], plot.main, args)
     pytest.importorskip("matplotlib")
     plot.main(args)
+    figure = sys.modules["matplotlib.pyplot"].gcf()
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["eval/a"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1].endswith(" over seeds, cut at the frame")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and "c.png: eval/a" in capsys.readouterr().out
     args.out = str(tmp_path / "gone/c.png")
     refused(["--out", "gone/c.png", "No such file"], plot.main, args)

@@ -64,6 +64,8 @@ VARIANTS = {
     "gemma3": dict(),
     "bloom hydra": dict(num_layers_unfrozen=1),
     "bloom value branch bfloat16": dict(num_value_layers=1, dtype="bfloat16"),
+    "opt value branch bfloat16": dict(num_value_layers=1, dtype="bfloat16"),
+    "bart value branch bfloat16": dict(num_value_layers=1, dtype="bfloat16"),
     "t5": dict(),
     "t5 hydra branch": dict(num_layers_unfrozen=1, num_value_layers=1),
     "t5_v1_1 lora": dict(lora_rank=4),
@@ -292,29 +294,29 @@ def test_resuming_elsewhere_leaves_the_other_run_as_it_is(model_path, tmp_path):
     ppo.train(elsewhere, reward_fn=letters, prompts=PROMPTS)
     assert sorted(os.listdir(other / "checkpoints")) == ["best", "step-3"]
     assert {path: path.read_bytes() for path in one.rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match=f"^--output-dir {other}: holds another run than --resume .*step-2; choose"):
+        ppo.train(elsewhere, reward_fn=letters, prompts=PROMPTS)  # which would drop that one's later checkpoints
+    assert sorted(os.listdir(other / "checkpoints")) == ["best", "step-3"]
 
 
 def test_the_best_model_is_that_of_the_best_reward(model_path, tmp_path, monkeypatch):
     """Whatever else a metric function calls its numbers."""
-    rewards, exported = iter([0.0, 5.0, 7.0, 6.0]), []
-    plain = ppo.export
-    monkeypatch.setattr(ppo, "export", lambda model, tokenizer, folder, *rest, **flags: exported.append(
-        (os.path.basename(folder), round(seen[-1]))) or plain(model, tokenizer, folder, *rest, **flags))
-    seen = []
-
-    def reward(outputs):
-        return [0.0] * len(outputs)
+    rewards, exported, plain = [0.0, 5.0, 7.0, 6.0], [], ppo.export
 
     def evaluate(*_, **__):
-        seen.append(next(rewards))
-        return {"eval/reward_length": 10 - seen[-1], "eval/reward": seen[-1], "eval/length": 1.0}, [
-            {"prompt": "", "output": "", "reward": 0.0}]
+        reward = rewards.pop(0)
+        return {"eval/reward_length": 10 - reward, "eval/reward": reward}, [{"prompt": "", "output": "", "reward": 0.0}]
+
+    def export(model, tokenizer, folder, *rest, **flags):
+        exported.append((os.path.basename(folder), len(rewards)))
+        plain(model, tokenizer, folder, *rest, **flags)
 
     monkeypatch.setattr(ppo, "evaluate_samples", evaluate)
+    monkeypatch.setattr(ppo, "export", export)
     flags = {**TINY, "total_episodes": 24, "eval_every": 1}
-    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **flags), reward_fn=reward,
+    ppo.train(ppo.Args(model=model_path("gpt2"), output_dir=str(tmp_path / "run"), **flags), reward_fn=letters,
               prompts=PROMPTS)
-    assert exported == [("best", 5), ("best", 7), ("model", 6)]
+    assert exported == [("best", 2), ("best", 1), ("model", 0)], "after the second and the third of four"
 
 
 def test_the_kl_coefficient_cannot_change_its_sign():
