@@ -319,6 +319,10 @@ def test_the_best_model_is_that_of_the_best_reward(model_path, tmp_path, monkeyp
     assert exported == [("best", 2), ("best", 1), ("model", 0)], "after the second and the third of four"
 
 
+def test_a_seed_may_be_larger_than_numpys():
+    assert ppo.random_walks(2**32 + 1).walks == ppo.random_walks(1).walks
+
+
 def test_the_kl_coefficient_cannot_change_its_sign():
     assert ppo.adapt_kl_coef(0.05, 0.0, 6.0, 2048, 256) < 0, "what the flags must not allow"
     with pytest.raises(UserError, match="^--kl-horizon 256: must be more than a fifth of --rollout-batch-size 2048"):
