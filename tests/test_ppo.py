@@ -281,7 +281,9 @@ def test_resuming_from_an_older_checkpoint_drops_the_later_ones(model_path, tmp_
     older = str(run / "checkpoints" / "step-2")
     ppo.train(ppo.Args(resume=older, max_steps=3, **flags), reward_fn=letters, prompts=PROMPTS)
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-1", "step-2", "step-3"]
-    ppo.train(ppo.Args(resume=older, max_steps=2, **flags), reward_fn=letters, prompts=PROMPTS)  # nothing left to do
+    (tmp_path / "link").symlink_to(run)  # another name of the same folder
+    named = ppo.Args(resume=older, output_dir=str(tmp_path / "link"), max_steps=2, **flags)
+    ppo.train(named, reward_fn=letters, prompts=PROMPTS)  # nothing left to do
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-1", "step-2"]
 
 
