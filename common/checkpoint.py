@@ -179,7 +179,7 @@ def tidy(folder: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, data=None) -> dict:
+def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, data) -> dict:
     """Read a checkpoint back into the model, the optimizer and the random generators, and return the loop's state.
 
     Any number of ranks can read what any number of ranks wrote. Raises UserError when it is not a whole checkpoint of

@@ -162,7 +162,7 @@ class _Batch:
             width = max(part.shape[1] for part in masks)
             mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in masks])
         else:
-            self.cache.reorder_cache(at)  # which nearly every kind of cache has, and of layer
+            self.cache.reorder_cache(at)  # caches of linear attention have it too
         rows, each = [self.rows[place] for place in places], [self.previous[at], self.index[at], self.numbers[at]]
         if fresh:
             rows += fresh.rows
@@ -240,8 +240,9 @@ def generate(
     uniforms = uniforms.to(device) if prompts else uniforms.new_zeros(1, limit, device=device)
     most = min(batch_size or len(prompts), len(prompts)) or 1
     fixed = (device.type == "cuda" if fixed is None else fixed) and not synced and model.takes_positions
+    longest = max(map(len, prompts), default=1) + limit
     # there the columns of a row are not distances, which windows and ALiBi count
-    fixed = fixed and reach(model) >= max(map(len, prompts)) + limit and not getattr(model.lm.config, "alibi", False)
+    fixed = fixed and reach(model) >= longest and not getattr(model.lm.config, "alibi", False)
     waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths together
 
     def draw(logits, states, previous, index, numbers):
@@ -275,7 +276,7 @@ def generate(
                 if result.finished[row] or len(result.tokens[row]) == limit:
                     now.rows[place] = None
         if fresh and batch is None and fixed and fresh.joins:
-            batch = FixedBatch(fresh.cache.layers, most, max(map(len, prompts)) + limit, device)
+            batch = FixedBatch(fresh.cache.layers, most, longest, device)
         if fresh:
             batch = batch.keep(fresh) if batch and (batch.going() or batch.fixed) else fresh
         left = torch.tensor(len(batch.going()) + len(waiting))

@@ -33,28 +33,28 @@ settings.register_profile("all", settings.get_profile("long" if LONG else "short
 settings.load_profile("all")
 
 VOCABULARY = 61
-_IDS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-_LLAMA = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-              max_position_embeddings=64, **_IDS)
+IDS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+LLAMA = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+             max_position_embeddings=64, **IDS)
 _T5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0, vocab_size=VOCABULARY,
            eos_token_id=2, pad_token_id=0)
 CONFIGS = {
-    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **_IDS),
-    "gpt_neox": transformers.GPTNeoXConfig(**_LLAMA),
+    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **IDS),
+    "gpt_neox": transformers.GPTNeoXConfig(**LLAMA),
     "opt": transformers.OPTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64,
-                                  max_position_embeddings=64, word_embed_proj_dim=16, **_IDS),
-    "llama": transformers.LlamaConfig(num_key_value_heads=2, **_LLAMA),
-    "mixtral": transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **_LLAMA),
-    "qwen3": transformers.Qwen3Config(num_key_value_heads=2, head_dim=8, **_LLAMA),
-    "gemma2": transformers.Gemma2Config(num_key_value_heads=2, head_dim=8, sliding_window=4, **_LLAMA),
-    "gemma3": transformers.Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=4, **_LLAMA),
-    "bloom": transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, **_IDS),
+                                  max_position_embeddings=64, word_embed_proj_dim=16, **IDS),
+    "llama": transformers.LlamaConfig(num_key_value_heads=2, **LLAMA),
+    "mixtral": transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **LLAMA),
+    "qwen3": transformers.Qwen3Config(num_key_value_heads=2, head_dim=8, **LLAMA),
+    "gemma2": transformers.Gemma2Config(num_key_value_heads=2, head_dim=8, sliding_window=4, **LLAMA),
+    "gemma3": transformers.Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=4, **LLAMA),
+    "bloom": transformers.BloomConfig(hidden_size=32, n_layer=3, n_head=4, **IDS),
     "t5": transformers.T5Config(**_T5),
     "t5_v1_1": transformers.T5Config(tie_word_embeddings=False, feed_forward_proj="gated-gelu", **_T5),
     "bart": transformers.BartConfig(d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
                                     decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
                                     max_position_embeddings=64, decoder_start_token_id=2, forced_eos_token_id=None,
-                                    **_IDS),
+                                    **IDS),
 }
 ARCHITECTURES = [name for name in CONFIGS if name != "mixtral"]  # whose experts are no linear layers
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import _IDS, _LLAMA, ARCHITECTURES, CONFIGS, VOCABULARY, bpe_tokenizer, char_tokenizer
+from conftest import ARCHITECTURES, CONFIGS, IDS, LLAMA, VOCABULARY, bpe_tokenizer, char_tokenizer
 from test_models import CPU, PROMPTS, close, tiny, train
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -695,10 +695,10 @@ _LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head
 UNUSUAL = {  # windows counted in columns, biases by distance, and caches that are no keys and values
     "gpt_neo": transformers.GPTNeoConfig(
         hidden_size=32, num_layers=2, num_heads=4, window_size=8, intermediate_size=64, max_position_embeddings=64,
-        attention_types=[[["global", "local"], 1]], **_IDS),
-    "falcon": transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, **_IDS),
-    "lfm2": transformers.Lfm2Config(num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], **_LLAMA),
-    "qwen3_5": transformers.Qwen3_5TextConfig(**_LINEAR, **_LLAMA),
+        attention_types=[[["global", "local"], 1]], **IDS),
+    "falcon": transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, **IDS),
+    "lfm2": transformers.Lfm2Config(num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], **LLAMA),
+    "qwen3_5": transformers.Qwen3_5TextConfig(**_LINEAR, **LLAMA),
 }
 
 
@@ -723,10 +723,10 @@ def test_rows_of_unusual_attention_are_those_of_the_forward(name, fixed):
 
 @pytest.mark.parametrize("lm_class, config", [
     (transformers.XGLMForCausalLM, transformers.XGLMConfig(
-        d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64, **_IDS)),
+        d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64, **IDS)),
     (transformers.M2M100ForConditionalGeneration, transformers.M2M100Config(
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, decoder_start_token_id=2, **_IDS))])
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, decoder_start_token_id=2, **IDS))])
 def test_embeddings_in_float32_do_not_stop_a_bfloat16_rollout(lm_class, config):
     """They add positions that are no parameters, so in float32; FSDP's hooks, which a rollout takes off, cast that."""
     torch.manual_seed(0)

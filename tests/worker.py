@@ -170,7 +170,7 @@ def checkpoint_losses(path: str) -> list[float]:
         return loss.item()
 
     if Path(path).exists():
-        state = load_checkpoint(path, model, optimizer)
+        state = load_checkpoint(path, model, optimizer, None)
         assert state["kl_coef"] == 0.1 + 0.2
     else:
         for _ in range(3):
