@@ -244,7 +244,7 @@ RESUMABLE = (  # settings that may differ between a run and its resumption
 
 
 def preset(args: Args) -> dict:
-    """The defaults of the task that the flags choose. A user's own prompts stay whole, and are evaluated on too."""
+    """The defaults of the task that the flags choose. Those of --prompts stay whole, and are evaluated on too."""
     chosen = PRESETS.get(args.reward or ("randomwalks" if args.model is None else ""), {})
     own = ("eval_prompts", "prompt_words") if args.prompts else ()
     return {name: value for name, value in chosen.items() if name not in own}

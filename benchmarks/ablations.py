@@ -271,12 +271,13 @@ def run_all(args: Args) -> None:
             raise UserError(f"--faults {name}: {args.script} has {', '.join(faults)}")
     machine, lock = processor(), threading.Lock()
     rows = {(row["script"], row["fault"], row["seed"], row["machine"]): row for row in read_results()}
-    # the script as it is runs on each machine, since rounding differs between them: see `page`
-    known = {key[:3] for key, row in rows.items() if (key[1] != "as it is" or key[3] == machine)
-             and (not args.keep or "refused" in row or kept_log(args.keep, *key[:3]).exists())}
-    wanted = [(fault, seed) for seed in args.seeds for name, fault in faults.items()
-              if (name in (args.faults or faults) or name == "as it is" and not args.keep)
-              and (args.script, name, seed) not in known]
+    known = {key[:3] for key, row in rows.items()
+             if not args.keep or "refused" in row or kept_log(args.keep, *key[:3]).exists()}
+    wanted = {(name, seed) for name in args.faults or faults for seed in args.seeds
+              if (args.script, name, seed) not in known}
+    # beside the script as it is on the same machine, since rounding differs between them: see `page`
+    wanted |= {("as it is", seed) for _, seed in wanted if (args.script, "as it is", seed, machine) not in rows}
+    wanted = [(fault, seed) for seed in args.seeds for name, fault in faults.items() if (name, seed) in wanted]
     if not wanted:
         print(f"nothing to run: {RESULTS} has all; take rows out to measure them anew")
     commit = git("describe", "--always") + ("-dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "")

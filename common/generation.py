@@ -80,8 +80,8 @@ def stop_checker(tokenizer, stop_sequences: list[str]) -> Callable[[list[int]], 
     if not stop_sequences:
         return None
     # A stop sequence can spread over as many tokens as it has bytes; a few more give the decoder its context.
-    reach = max(len(stop.encode()) for stop in stop_sequences) + 4
-    return lambda ids: find_stop(tokenizer.decode(ids[-reach:]), stop_sequences) >= 0
+    tail = max(len(stop.encode()) for stop in stop_sequences) + 4
+    return lambda ids: find_stop(tokenizer.decode(ids[-tail:]), stop_sequences) >= 0
 
 
 class _Roomy(DynamicLayer):

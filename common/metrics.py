@@ -88,7 +88,8 @@ def _find(args, name) -> tuple[str, list[str]]:
         found = [args.resume.rstrip("/")]
         home = os.path.dirname(os.path.abspath(found[0])).removesuffix("/checkpoints")  # of the run that wrote it
         folder = args.output_dir or home
-        if args.output_dir and taken and os.path.isdir(found[0]) and not os.path.samefile(base, home):
+        holds = taken and (checkpoints(f"{base}/checkpoints") or os.path.exists(f"{base}/model"))  # what could be lost
+        if args.output_dir and holds and os.path.isdir(found[0]) and not os.path.samefile(base, home):
             raise UserError(f"--output-dir {base}: holds another run than --resume {found[0]}; choose another folder, "
                             "or --resume auto to go on with that one")
     elif args.resume:

@@ -157,8 +157,9 @@ def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
     without one its config. path: the model's, None for one from scratch."""
     extra, words = None, math.inf
     if path:
-        config = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
-        extra, words = getattr(config, "eos_token_id", None), config.vocab_size
+        with contextlib.suppress(UserError), _readable("--model", path):  # `load_lm` tells what is wrong
+            config = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
+            extra, words = getattr(config, "eos_token_id", None), config.vocab_size
         with contextlib.suppress(OSError):  # it has none
             extra = GenerationConfig.from_pretrained(path).eos_token_id
     extra = extra if isinstance(extra, list) else [extra]
@@ -169,7 +170,8 @@ def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens a model can read, if its positions are limited. RoBERTa's begin behind its pad token's."""
     count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    spent = [part.padding_idx + 1 for part in model.modules() if isinstance(part, nn.Embedding)
+    words = model.get_input_embeddings()  # which may be as many, and have a pad token too
+    spent = [part.padding_idx + 1 for part in model.modules() if isinstance(part, nn.Embedding) and part is not words
              and part.num_embeddings == count and part.padding_idx is not None]
     return count and count - max(spent, default=0)
 

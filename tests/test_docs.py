@@ -178,6 +178,13 @@ def test_runs_that_stand_in_the_results_are_not_run_again_but_for_their_logs(tmp
     rows = ablations.read_results()
     assert [(row["fault"], row["seed"], row["eval/optimality"]) for row in rows] == [
         ("as it is", 1, 1.0), ("as it is", 2, 3.0), ("shifted", 1, 5.0), ("shifted", 2, 6.0)]
+    monkeypatch.setattr(ablations, "processor", lambda: "another")
+    ablations.run_all(ablations.Args(**wanted))
+    assert len(begun) == 6, "a second machine has nothing to add"
+    ablations.run_all(ablations.Args(**{**wanted, "faults": ["shifted"]}, keep=f"{tmp_path}/again"))
+    ablations.run_all(ablations.Args(**{**wanted, "faults": ["dropout"], "seeds": [3]}))
+    every = [(name, seed) for seed in (1, 2) for name in ("as it is", "shifted")]
+    assert begun[6:] == [*every, ("as it is", 3), ("dropout", 3)], "but with the script as it is beside its own"
 
 
 def test_a_fault_is_compared_with_the_script_as_it_is_on_the_same_machine():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import ppo
 from common.cli import UserError
 from common.functions import call, check_scores, load_function
-from common.models import load_classifier, new_lm
+from common.models import load_classifier, new_lm, positions_of
 from common.samples import sample_row
 
 REWARDS = f"{ROOT}/examples/rewards.py"
@@ -289,6 +289,12 @@ def test_a_roberta_reads_as_many_tokens_as_it_has_positions_behind_its_pad(tmp_p
     tokenizer.save_pretrained(tmp_path)
     score = load_classifier(str(tmp_path), "--metric", "cpu", 4)
     assert len(score(["hello" * 20, "abc"])) == 2
+
+
+def test_a_vocabulary_as_large_as_the_positions_takes_none_of_them():
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.max_position_embeddings, config.pad_token_id, config.num_labels = VOCABULARY, 3, 1
+    assert positions_of(transformers.AutoModelForSequenceClassification.from_config(config)) == VOCABULARY
 
 
 @pytest.mark.parametrize("labels", [("NEGATIVE", "POSITIVE"), ("POSITIVE", "NEGATIVE"), ("LABEL_0", "LABEL_1")])

@@ -676,6 +676,7 @@ def test_ends_are_those_of_the_config_where_there_is_no_generation_config(tmp_pa
         config.eos_token_id = eos
         config.save_pretrained(tmp_path / str(number))
         assert end_tokens(tokenizer, str(tmp_path / str(number))) == expected
+    assert end_tokens(tokenizer, str(tmp_path / "moved away since")) == (2,)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "bart", "t5"])

@@ -292,6 +292,8 @@ def test_resuming_elsewhere_leaves_the_other_run_as_it_is(model_path, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     ppo.train(ppo.Args(output_dir=str(one), **flags), reward_fn=letters, prompts=PROMPTS)
     before = {path: path.read_bytes() for path in one.rglob("*") if path.is_file()}
+    other.mkdir()
+    (other / "args.yaml").write_text("")  # as a try leaves it that was killed before its first checkpoint
     elsewhere = ppo.Args(resume=str(one / "checkpoints" / "step-2"), output_dir=str(other), max_steps=3, **flags)
     ppo.train(elsewhere, reward_fn=letters, prompts=PROMPTS)
     assert sorted(os.listdir(other / "checkpoints")) == ["best", "step-3"]
@@ -466,6 +468,15 @@ def test_a_mistake_does_not_block_the_next_try(model_path, tmp_path):
         ppo.train(args, reward_fn=letters)
     args.prompts = None
     ppo.train(args, reward_fn=letters, prompts=PROMPTS)
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path):
+    """As a LoRA's, which has a tokenizer."""
+    char_tokenizer().save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    args = ppo.Args(model=str(tmp_path / "lora"), output_dir=str(tmp_path / "run"), **TINY)
+    with pytest.raises(UserError, match="^--model .*/lora: the folder holds nothing that transformers can load"):
+        ppo.train(args, reward_fn=letters, prompts=PROMPTS)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(model_path, tmp_path):
