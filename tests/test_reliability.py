@@ -130,9 +130,8 @@ def test_a_run_that_is_told_to_end_writes_a_checkpoint_and_leaves_with_143(model
                            f"{tmp_path}/run", "--resume", "auto")
         assert other.returncode == 2 and len(other.stderr.splitlines()) == 1, other.stderr
         assert f"{tmp_path}/run: process {process.pid} on " in other.stderr and "is training there" in other.stderr
-        begun = time.time()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143 and time.time() - begun < 10
+        assert process.wait(60) == 143
     (path,) = checkpoints(f"{tmp_path}/run/checkpoints")
     assert damage(path) is None and lines(tmp_path / "run")[-1]["step"] == int(path.rsplit("-", 1)[1])
     last = (tmp_path / "log").read_text().splitlines()[-1]
@@ -167,9 +166,9 @@ def test_processes_that_are_told_to_end_write_one_checkpoint_and_leave(model_pat
 
 def test_a_process_that_dies_takes_the_others_down(model_path, tmp_path):
     with running(tmp_path, model_path("gpt2"), 2) as process:
-        begun = time.time()
         os.kill(max(workers(tmp_path)), signal.SIGKILL)
-        assert process.wait(30) != 0 and gone(tmp_path, 1) and time.time() - begun < 30
+        assert process.wait(120) != 0 and gone(tmp_path, 1)
+    assert "forcefully exiting" not in (tmp_path / "log").read_text()  # by themselves, before torchrun kills them
 
 
 def test_a_process_with_other_flags_is_refused(model_path, tmp_path):
@@ -178,7 +177,7 @@ def test_a_process_with_other_flags_is_refused(model_path, tmp_path):
         "import os, sys\nsys.path.insert(0, os.getcwd())\nimport ppo\nfrom common.cli import run\n"
         "sys.argv += ['--seed', str(5 + int(os.environ['RANK']))]\nrun(ppo.train, ppo.Args, ppo.preset)\n")
     done = run_forked(f"{tmp_path}/two.py", "--model", model_path("gpt2"), "--reward", "randomwalks", "--output-dir",
-                      f"{tmp_path}/run", processes=2, timeout=100)
+                      f"{tmp_path}/run", processes=2)
     assert done.returncode and "error: --seed is 6 for process 1 and 5 for process 0: start all with " in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -263,8 +263,8 @@ def test_what_cannot_be_copied_is_passed_on():
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def ended(tmp_path, function, timeout, kind="reward") -> tuple[int, str, float]:
-    """Exit code, what was printed and seconds of a child of this process that calls the function."""
+def ended(tmp_path, function, timeout, kind="reward") -> tuple[int, str]:
+    """Exit code and what was printed of a child of this process that calls the function; killed after 20 seconds."""
     begun, path = time.monotonic(), tmp_path / "stderr"
     child = os.fork()
     if not child:
@@ -279,7 +279,7 @@ def ended(tmp_path, function, timeout, kind="reward") -> tuple[int, str, float]:
         if time.monotonic() - begun > 20:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
-    return os.waitstatus_to_exitcode(found[1]), path.read_text(), time.monotonic() - begun
+    return os.waitstatus_to_exitcode(found[1]), path.read_text()
 
 
 def spins(number):
@@ -308,23 +308,23 @@ def drips(number):
 @pytest.mark.parametrize("function", [spins, sleeps, listens, drips])
 def test_a_function_that_hangs_meets_its_time_limit(function, tmp_path):
     for kind in ("reward", "metric") if function is sleeps else ("reward",):
-        code, text, seconds = ended(tmp_path, function, 0.3, kind)
+        code, text = ended(tmp_path, function, 0.3, kind)
         *stack, line = text.splitlines()
-        assert code == 2 and seconds < 3, text
+        assert code == 2, text
         assert f"error: the {kind} function {function.__name__} has not returned after 0.3 seconds, for a batch" in line
         assert "--reward-timeout" in line and stack[0].startswith("Stack") and f"in {function.__name__}" in stack[1]
 
 
 def test_c_code_that_holds_the_interpreter_meets_it_too(tmp_path, monkeypatch):
     monkeypatch.setattr(common.functions, "GRACE_SECONDS", 0.3)
-    code, text, seconds = ended(tmp_path, lambda number: re.match("(a+)+$", "a" * 60 + "b"), 0.3)
-    assert code == 1 and seconds < 4 and "Timeout" in text and "test_user_functions.py" in text
+    code, text = ended(tmp_path, lambda number: re.match("(a+)+$", "a" * 60 + "b"), 0.3)
+    assert code == 1 and "Timeout" in text and "test_user_functions.py" in text
 
 
 def test_a_search_that_hangs_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(common.functions, "SEARCH_SECONDS", 0.1)
-    code, text, seconds = ended(tmp_path, lambda number: inverse(0.0) if len(number) > 1 else time.sleep(60), None)
-    assert code == 2 and seconds < 3 and "Stack" not in text
+    code, text = ended(tmp_path, lambda number: inverse(0.0) if len(number) > 1 else time.sleep(60), None)
+    assert code == 2 and "Stack" not in text
     assert text.splitlines()[-1].endswith("failed on a batch of 4 samples: ZeroDivisionError: float division by zero")
 
 
@@ -337,8 +337,8 @@ def test_a_time_limit_that_is_kept_leaves_nothing_behind(tmp_path, monkeypatch):
 
     def then_waits(number):
         for _ in range(3):
-            assert asked(quick, timeout=0.4) == [0.0, 1.0, 2.0, 3.0]
-        time.sleep(1.0)
+            assert asked(quick, timeout=1.5) == [0.0, 1.0, 2.0, 3.0]
+        time.sleep(2.0)
         os._exit(0)
 
     assert ended(tmp_path, then_waits, None)[0] == 0
@@ -403,7 +403,7 @@ def test_a_function_that_fails_ends_the_run(processes, flags, tmp_path):
     """On one of two processes, which ends the other, too: without a word, and the line stands last."""
     folder, words = flags
     done = run_script("ppo.py", *words, "--reward", f"{folder}/users.py:fails_on_1", "--output-dir", f"{tmp_path}/run",
-                      processes=processes, timeout=60)
+                      processes=processes)
     said = re.split(r"\n[WE]\d{4} ", done.stderr)[0]  # what follows is torchrun's
     *above, line = said.strip().splitlines()
     rank, place = ("[rank 1] ", "on rank 1 failed on sample 0 of 2") if processes else ("", "failed on sample 1 of 4")
@@ -417,12 +417,11 @@ def test_a_function_that_fails_ends_the_run(processes, flags, tmp_path):
 
 def test_a_function_that_hangs_on_rank_0_ends_all(flags, tmp_path):
     folder, words = flags
-    begun = time.monotonic()
     done = run_script("ppo.py", *words, "--reward", f"{folder}/users.py:hangs", "--reward-on", "rank0", "--output-dir",
-                      f"{tmp_path}/run", "--reward-timeout", "1.5", processes=2, timeout=90)
+                      f"{tmp_path}/run", "--reward-timeout", "1.5", processes=2)
     assert "ppo.py: error: the reward function hangs on rank 0 has not returned after 1.5 seconds" in done.stderr
     assert "in hangs" in done.stderr and "common/" not in done.stderr and "exitcode  : 2" in done.stderr
-    assert done.returncode and time.monotonic() - begun < 60
+    assert done.returncode
 
 
 PATIENCE = '''
@@ -430,7 +429,7 @@ import datetime, os, sys, time
 sys.path[:0] = ["{tests}", "{tests}/.."]
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1.5))
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
 from conftest import char_tokenizer, tiny_lm
 import ppo
 from common.distributed import init
@@ -441,7 +440,7 @@ model = prepare(LanguageModel(tiny_lm("gpt2")), torch.float32, torch.device("cpu
 
 def slow(samples):
     if dist.get_rank() == 0:
-        time.sleep(3)
+        time.sleep(5)
     return [1.0] * len(samples)
 
 items = [dict(sample="ab", prompt="a", output="b", tokens=[5])] * 3
@@ -458,7 +457,7 @@ os._exit(0)
 
 
 def test_ranks_wait_for_a_slow_function_longer_than_for_each_other(tmp_path):
-    """Collectives give up after the group's timeout, here a second and a half; a function may take longer."""
+    """Collectives give up after the group's timeout, here three seconds; a function may take longer."""
     (tmp_path / "patience.py").write_text(PATIENCE.replace("{tests}", os.path.dirname(__file__)))
-    done = run_forked(f"{tmp_path}/patience.py", processes=2, timeout=90)
+    done = run_forked(f"{tmp_path}/patience.py", processes=2)
     assert done.stdout.count("DONE") == 2, done.stderr

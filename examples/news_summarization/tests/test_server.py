@@ -308,7 +308,7 @@ def test_the_server_follows_the_registry(ours, embedder, tiny):
         served.stop()
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
