@@ -278,7 +278,7 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def wait(self, condition, what: str = "in vain"):
-        return WebDriverWait(self.driver, 6, poll_frequency=0.03).until(lambda _: condition(), what)
+        return WebDriverWait(self.driver, 30, poll_frequency=0.03).until(lambda _: condition(), what)
 
     def find(self, selector: str, text: str = "", at: int = 0):
         """A visible element, waited for, that has a text in it."""
