@@ -763,7 +763,7 @@ def train(
     if tokenizer.eos_token_id is None:
         say("the tokenizer has no EOS, so that outputs are not taught to end")
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
-    rules, longest = LogitRules(eos_ids=end_tokens(tokenizer, path)), window(args.max_length, config)
+    rules, longest = LogitRules(eos_ids=end_tokens(tokenizer, lm)), window(args.max_length, config)
     data, counts = make_pairs(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)
     evals, left = make_pairs(held_out, tokenizer, rules.eos_ids, seq2seq, longest, args)
     if not data:

@@ -649,7 +649,7 @@ def sample(
     rows = prompt_rows(prompts, "prompts")
     room = prompt_room(None, max_new_tokens, model.lm.config.get_text_config())
     ids, _ = encode_prompts(rows, tokenizer, room, "left", model.seq2seq)
-    rules = LogitRules(temperature, end_tokens(tokenizer, model.lm.name_or_path),
+    rules = LogitRules(temperature, end_tokens(tokenizer, model.lm),
                        logit_mask=check_logit_mask(logit_mask, model.device))
     items = sample_texts(model, tokenizer, ids, noise(generator(seed), len(ids), max_new_tokens), rules, top_k=top_k,
                          top_p=top_p, batch_size=batch_size, stop_sequences=stop_sequences,
@@ -732,7 +732,7 @@ def train(
     if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {args.model} embeds fewer: give its own "
                         "--tokenizer")
-    ends = end_tokens(tokenizer, args.model)
+    ends = end_tokens(tokenizer, lm)
     if tokenizer.eos_token_id is None:
         say("the tokenizer has no EOS, so that outputs are not taught to end")
     rules = LogitRules(eos_ids=ends, logit_mask=check_logit_mask(logit_mask, device))

@@ -40,6 +40,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from common.checkpoint import load_checkpoint, read_batch, read_state, save_checkpoint
 from common.cli import UserError, check_bounds, check_shared_flags, end_if_told, run
@@ -505,12 +506,12 @@ def check_start(sampled: torch.Tensor, data: dict[str, torch.Tensor], step: int,
 
 
 def build(
-    args: Args, path: str, dtype: torch.dtype, device: torch.device, rules: LogitRules
+    args: Args, lm: PreTrainedModel, path: str, dtype: torch.dtype, device: torch.device, rules: LogitRules
 ) -> tuple[LanguageModel, Callable, object]:
     """The sharded policy with its value head, the reference's log-probs as a function of a batch (to be called right
     after the policy's forward on it, whose lower blocks it may reuse), and peft's wrapper if there is one."""
     options = dict(shard_size=args.shard_size, offload=args.offload)
-    lm, lora, twin = load_lm(path), None, None
+    lora = twin = None
     branch = top_copy(lm, args.num_value_layers, whole=False, detach=False) if args.num_value_layers else None
     if args.lora_rank:
         lora = add_lora(lm, args.lora_rank, args.lora_alpha)
@@ -649,11 +650,12 @@ def train(
     # --- models
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
-    ends = end_tokens(tokenizer, path)
+    torch.manual_seed(args.seed)  # the value head is the same on every rank, whatever was drawn before
+    lm = load_lm(path)
+    ends = end_tokens(tokenizer, lm)
     rules = LogitRules(args.temperature, ends, args.min_new_tokens,
                        check_logit_mask(logit_mask, device, ends if args.min_new_tokens else ()))
-    torch.manual_seed(args.seed)  # the value head is the same on every rank, whatever was drawn before
-    model, reference, lora = build(args, path, dtype, device, rules)
+    model, reference, lora = build(args, lm, path, dtype, device, rules)
     try_out(model)  # an architecture that cannot be handled ends here, in one line
     if len(tokenizer) > model.lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens and {path} embeds fewer: give its own --tokenizer")

@@ -446,7 +446,7 @@ def train(
                         "--tokenizer")
     if tokenizer.eos_token_id is None:
         say("the tokenizer has no EOS, so that outputs are not taught to end")
-    rules = LogitRules(eos_ids=end_tokens(tokenizer, args.model))
+    rules = LogitRules(eos_ids=end_tokens(tokenizer, lm))
     config, seq2seq = lm.config.get_text_config(), lm.config.is_encoder_decoder
     longest = window(args.max_length, config)
     examples, dropped, cut = make_examples(rows, tokenizer, rules.eos_ids, seq2seq, longest, args)

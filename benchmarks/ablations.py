@@ -124,8 +124,8 @@ FAULTS = {
             ("common/models.py", "logprobs = rules(self.logits(states), previous, index).log_softmax(-1)",
              "logprobs = self.logits(states).float().log_softmax(-1)")], "--temperature 0.7"),
         Fault("reference-short", "`build`", "a reference without its first block, as trlX makes when no layers are "
-              "frozen", [("ppo.py", "lora, twin = load_lm(path), None, None",
-                          "lora, twin = load_lm(path), None, load_lm(path); del twin.transformer.h[0]")])],
+              "frozen", [("ppo.py", "    lora = twin = None",
+                          "    lora, twin = None, load_lm(path); del twin.transformer.h[0]")])],
     "sft.py": [
         Fault("end-untrained", "`make_examples`", "the end token is not trained, as with trlX's texts and wherever "
               "pads are masked by id and pad is EOS", [

@@ -44,7 +44,7 @@ class Sampler:
         self.device = init(1)
         self.tokenizer = load_tokenizer(model)
         self.classify = load_classifier(reward, "--reward", self.device, batch_size=64)
-        self.rules = LogitRules(eos_ids=end_tokens(self.tokenizer, model))
+        self.rules = LogitRules(eos_ids=end_tokens(self.tokenizer, load_lm(model)))
 
     def load(self, path: str) -> LanguageModel:
         """The model at a path."""

@@ -281,7 +281,7 @@ def build(plan: Plan, config, ledger: Ledger):
 
     with mock.patch.object(script, "load_lm", load):
         if plan.algorithm == "ppo":
-            return script.build(args, "", dtype, device, LogitRules())[:2]
+            return script.build(args, load(""), "", dtype, device, LogitRules())[:2]
         if plan.algorithm == "dpo":
             return script.load_models(load(""), "", dtype, device, longest, args)[:2]
     lm = load("")

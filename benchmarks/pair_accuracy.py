@@ -42,7 +42,7 @@ def measures(model: str, reference: str, rows: list, args: dpo.Args) -> tuple[di
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = LanguageModel(load_lm(path).to(device))
         longest = window(args.max_length, lm.lm.config.get_text_config())
-        groups = [dpo.make_pairs(some, tokenizer, end_tokens(tokenizer, path), lm.seq2seq, longest, args)[0]
+        groups = [dpo.make_pairs(some, tokenizer, end_tokens(tokenizer, lm.lm), lm.seq2seq, longest, args)[0]
                   for some in prompts.values()]
         pairs = dpo.with_reference(lm, sum(groups, []), shares_exactly(lm, longest), args.micro_batch_size)
         found.append(np.array([pair.reference for pair in pairs]))

@@ -34,7 +34,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GenerationConfig,
     GPT2Tokenizer,
     PreTrainedModel,
     pipeline,
@@ -152,18 +151,12 @@ def _readable(flag: str, path: str):
         raise UserError(f"{flag} {path}: {what} ({reason(error)})") from None
 
 
-def end_tokens(tokenizer, path: str | None) -> tuple[int, ...]:
-    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models'), or
-    without one its config. path: the model's, None for one from scratch."""
-    extra, words = None, math.inf
-    if path:
-        with contextlib.suppress(UserError), _readable("--model", path):  # `load_lm` tells what is wrong
-            config = AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
-            extra, words = getattr(config, "eos_token_id", None), config.vocab_size
-        with contextlib.suppress(OSError):  # it has none
-            extra = GenerationConfig.from_pretrained(path).eos_token_id
-    extra = extra if isinstance(extra, list) else [extra]
-    ends = {token for token in (tokenizer.eos_token_id, *extra) if token is not None}
+def end_tokens(tokenizer, lm: PreTrainedModel) -> tuple[int, ...]:
+    """Ids that end an output: the tokenizer's EOS and those that the model's generation config adds (chat models'),
+    which transformers makes of its config where a model has none."""
+    extra = lm.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None}
+    words = lm.config.get_text_config().vocab_size
     return tuple(sorted(token for token in ends if token < words))  # an architecture's default may lie outside
 
 

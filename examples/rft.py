@@ -148,7 +148,7 @@ def main(args: Args):
     model = LanguageModel(load_lm(path))
     prepare(model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     try_out(model)
-    rules = LogitRules(args.temperature, end_tokens(tokenizer, path))
+    rules = LogitRules(args.temperature, end_tokens(tokenizer, model.lm))
     optimizer = adamw(model, args.learning_rate, (0.9, 0.99), 1e-8, 0.0)
     rows = load_prompts(None, args.prompts, "--prompts", [] if args.model else random_walks(args.seed).starts, None)
     room = prompt_room(args.max_length, args.max_new_tokens, model.lm.config.get_text_config())

@@ -48,7 +48,7 @@ def write_outputs(path: str, prompts: list[str], room: int, most: int) -> list[s
     tokenizer = load_tokenizer(path)
     model = LanguageModel(load_lm(path).to("cuda" if torch.cuda.is_available() else "cpu"))
     ids, _ = encode_prompts([{"prompt": prompt} for prompt in prompts], tokenizer, room, "right", model.seq2seq)
-    rules = LogitRules(temperature=0, eos_ids=end_tokens(tokenizer, path))
+    rules = LogitRules(temperature=0, eos_ids=end_tokens(tokenizer, model.lm))
     found = generate(model, ids, torch.full((len(ids), most), 0.5), rules, batch_size=32)
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found.tokens]
 

@@ -308,8 +308,8 @@ def test_the_server_follows_the_registry(ours, embedder, tiny):
         served.stop()
 
 
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
+def wait_for(condition):
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
